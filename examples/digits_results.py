@@ -1,0 +1,144 @@
+"""Print the README's table: accuracy and file size of the digits networks, dense and compressed.
+
+    python examples/digits_results.py                      # about two minutes on a CPU
+    python examples/digits_results.py --only fp32 qat8     # some methods only
+    python examples/digits_results.py --validate           # train on 80 % and score the other 20 %, to choose recipes
+
+Each dense network is trained for 40 epochs; every method starts from those weights and fine-tunes for 20 more. Final
+weights are finalized, written by `save_compressed`, read back and scored once, on the 540 test images: what is scored
+is the file. Accuracies are means over the seeds.
+"""
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from digits import DigitsClassifier, DigitsConvNet, DigitsDataModule, DigitsMLP, accuracy, quiet
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from pquant_lightning import LowRankCallback, QATCallback, load_compressed, save_compressed
+
+DENSE_EPOCHS, DENSE_LR = 40, 2e-3
+FINE_TUNE_EPOCHS, FINE_TUNE_LR = 20, 1e-3
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the table, and the layers that low rank leaves dense."""
+
+    title: str
+    build: type[DigitsClassifier]
+    keep_dense: Sequence[str]  # the last layer, and the stem, whose 16x9 matrix would be left with rank 1
+
+
+NETWORKS = (
+    Network("MLP", DigitsMLP, ["head"]),
+    Network("conv net", DigitsConvNet, ["head", "features.0"]),
+)
+
+
+def low_rank(network: Network) -> Callback:
+    """Every other layer keeps a quarter of its parameters."""
+    return LowRankCallback(param_ratio=0.25, exclude=list(network.keep_dense))
+
+
+# The callbacks that are added to the Trainer of the fine-tuning, which is all that a method needs.
+METHODS: dict[str, tuple[str, Callable[[Network], list[Callback]]]] = {
+    "fp32+20": ("fp32, 20 more epochs", lambda network: []),
+    "low_rank": ("low rank, 25 %", lambda network: [low_rank(network)]),
+    "qat8": ("QAT, 8 bit", lambda network: [QATCallback(bits=8)]),
+    "qat4": ("QAT, 4-bit weights", lambda network: [QATCallback(weight_bits=4, act_bits=8)]),
+    "low_rank+qat8": ("low rank, 25 % + QAT, 8 bit", lambda network: [low_rank(network), QATCallback(bits=8)]),
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One trained network: its accuracy in [0, 1], its parameters, and the bytes of its file."""
+
+    accuracy: float
+    num_params: int
+    size_bytes: int
+
+
+def fit(model: DigitsClassifier, data: DigitsDataModule, epochs: int, callbacks: list[Callback], root: Path) -> None:
+    """Train `model` in place, without checkpoints: the final weights count."""
+    with quiet():
+        trainer = Trainer(
+            max_epochs=epochs,
+            callbacks=callbacks,
+            accelerator="cpu",
+            devices=1,
+            default_root_dir=root,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(model, datamodule=data)
+
+
+def score(model: DigitsClassifier, data: DigitsDataModule, path: Path) -> Score:
+    """Write the deployed form of `model` to `path`, read it back, and score what was read."""
+    save_compressed(model, path)
+    deployed = load_compressed(type(model), path)
+    batches = data.val_dataloader() if data.val_share else data.test_dataloader()
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    return Score(accuracy(deployed, batches), num_params, path.stat().st_size)
+
+
+def run(network: Network, methods: Sequence[str], seed: int, val_share: float, root: Path) -> dict[str, Score]:
+    """Train `network` from `seed`, then fine-tune it with each of `methods` from those same weights."""
+    seed_everything(seed, verbose=False)
+    data = DigitsDataModule(val_share=val_share, seed=seed)
+    dense = network.build(lr=DENSE_LR)
+    fit(dense, data, DENSE_EPOCHS, [], root)
+    scores = {"fp32": score(dense, data, root / "fp32.safetensors")}
+    for method in methods:
+        seed_everything(seed, verbose=False)
+        model = copy.deepcopy(dense)
+        model.hparams["lr"] = FINE_TUNE_LR
+        _, callbacks = METHODS[method]
+        fit(model, data, FINE_TUNE_EPOCHS, callbacks(network), root)
+        scores[method] = score(model, data, root / f"{method}.safetensors")
+    return scores
+
+
+def print_table(network: Network, runs: list[dict[str, Score]]) -> None:
+    """One markdown row per method; `runs` holds one dict of scores per seed."""
+    dense_bytes = mean(scores["fp32"].size_bytes for scores in runs)
+    for method in runs[0]:
+        title = METHODS[method][0] if method in METHODS else "fp32"
+        percent = 100 * mean(scores[method].accuracy for scores in runs)
+        size_bytes = mean(scores[method].size_bytes for scores in runs)
+        print(
+            f"| {network.title} | {title} | {percent:.2f} % | {runs[0][method].num_params:,} "
+            f"| {size_bytes:,.0f} | {dense_bytes / size_bytes:.1f}x |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Read the command line, run every network, and print the table row by row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=["fp32", *METHODS], default=list(METHODS), help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--validate", action="store_true", help="score a validation split instead of the test images")
+    options = parser.parse_args()
+    methods = [method for method in METHODS if method in options.only]
+    val_share = 0.2 if options.validate else 0.0
+
+    print("| model | method | accuracy | parameters | bytes | smaller |\n|---|---|---:|---:|---:|---:|", flush=True)
+    with tempfile.TemporaryDirectory() as root:
+        for network in NETWORKS:
+            runs = [run(network, methods, seed, val_share, Path(root)) for seed in options.seeds]
+            print_table(network, runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""The functions a user calls: compress, finalize, save, load, report."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from pquant_lightning.config import ConfigManager
+from pquant_lightning.core.compressed_layer import install_hook
+from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod
+from pquant_lightning.core.deploy import deploy
+from pquant_lightning.core.errors import CallbackOrderError, CheckpointError, OptionError, PQuantError
+from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.core.report import CompressionReport, make_report
+from pquant_lightning.core.serialization import (
+    ARTIFACT_NAME,
+    artifact_metadata,
+    read_artifact,
+    read_checkpoint,
+    write_artifact,
+    write_state_dict,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compress_model(
+    model: nn.Module,
+    method_or_config: str | CompressionMethod | dict[str, Any] | Path,
+    *,
+    train_loader: Any = None,
+    val_loader: Any = None,
+    inplace: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Compresses a model outside of a Trainer.
+
+    Gives the deployed form of post-training methods and the training form of those that train (`qat`).
+
+    Args:
+        model: any module that contains layers; not touched unless `inplace`.
+        method_or_config: a method's name, a method object, a configuration dict or the path of a YAML file.
+        train_loader: data for methods that calibrate.
+        val_loader: data for methods that measure.
+        inplace: change the given model instead of a copy.
+        **options: the method's options, with a name only.
+
+    Returns:
+        The compressed model, which reloads its own state dicts.
+
+    Raises:
+        PQuantError: unknown method or option, no layer to change, weights that are not finite.
+
+    >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> small = compress_model(net, "low_rank", rank=8)
+    >>> sum(p.numel() for p in net.parameters()), sum(p.numel() for p in small.parameters())
+    (4810, 1690)
+    """
+    methods = _methods(method_or_config, options)
+    result = model if inplace else deepcopy(model)
+    for method in methods:
+        if type(method).compress is not CompressionMethod.compress:  # the specification's shape: it does all itself
+            result = method.compress(result, train_loader, val_loader)
+            continue
+        context = CompressionContext(by=method.name)
+        method.apply(result, method.checked_plan(result, context), context)
+        method.attach(result, {})
+    install_hook(result)
+    if not any(method.trains for method in methods):
+        deploy(result)
+    return result
+
+
+def _methods(method_or_config: Any, options: dict[str, Any]) -> list[CompressionMethod]:
+    if isinstance(method_or_config, str) and method_or_config.endswith((".yaml", ".yml")):
+        method_or_config = Path(method_or_config)
+    if isinstance(method_or_config, str):
+        return [CompressionMethodRegistry.get(method_or_config, options)]
+    if options:
+        raise OptionError(
+            f"Options ({', '.join(options)}) go with a method's name; put them into the method or the dict."
+        )
+    if isinstance(method_or_config, CompressionMethod):
+        return [method_or_config]
+    if isinstance(method_or_config, Path):
+        method_or_config = ConfigManager.load_config(method_or_config)
+    if not isinstance(method_or_config, dict):
+        raise OptionError(
+            f"compress_model takes a method's name, a method or a configuration, got {method_or_config!r}."
+        )
+    methods = ConfigManager.methods(method_or_config)
+    ordered = sorted(methods, key=lambda method: method.stage)
+    if ordered != methods:
+        right = ", ".join(method.name for method in ordered)
+        raise CallbackOrderError(f"The methods must act in the order [{right}]; change compression: methods.")
+    return methods
+
+
+def finalize(model: Model, inplace: bool = False) -> Model:
+    """The deployed form: masks baked, weights as integers, nothing left that only training needs; in eval mode.
+
+    Args:
+        model: a model in training form; not touched unless `inplace`.
+        inplace: change the given model instead of a copy.
+    """
+    result = model if inplace else deepcopy(model)
+    deploy(result)
+    install_hook(result)
+    return result.eval()
+
+
+def prepare(model: Model) -> Model:
+    """Makes `model.load_state_dict` rebuild compressed layers from the state dict; returns the same model.
+
+    The callbacks do this by themselves; it is needed for a plain `load_state_dict`, and before `fit` with a strategy
+    that trains copies of the model (`ddp_spawn`, `ddp_notebook`).
+    """
+    install_hook(model)
+    return model
+
+
+class CompressedModule:
+    """Mixin, first base of a LightningModule: plain `MyModule.load_from_checkpoint` then loads compressed checkpoints.
+
+    >>> class Net(CompressedModule, pl.LightningModule):
+    ...     pass
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert isinstance(self, nn.Module)
+        install_hook(self)
+
+
+def compression_report(original: nn.Module, compressed: nn.Module, example_inputs: Any = None) -> CompressionReport:
+    """Parameters, stored bytes, multiply-accumulates and weight errors, before and after; prints as a table.
+
+    Args:
+        original: the uncompressed model.
+        compressed: training form or deployed form.
+        example_inputs: what `forward` takes (tensor, tuple or dict), for the multiply-accumulates.
+    """
+    return make_report(compressed, original=original, example_inputs=example_inputs)
+
+
+def save_compressed(model: nn.Module, path: str | Path) -> Path:
+    """Writes the deployed form of a model; the model is not changed.
+
+    Args:
+        model: training form or deployed form.
+        path: `*.safetensors` (with the hyperparameters of a LightningModule), `*.pt` (a state dict), or a directory.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        OptionError: another ending.
+    """
+    path = Path(path)
+    if path.suffix == "":
+        path = path / ARTIFACT_NAME
+    if path.suffix == ".pt":
+        write_state_dict(model, path)
+    elif path.suffix == ".safetensors":
+        write_artifact(model, path, artifact_metadata(model))
+    else:
+        raise OptionError(f"save_compressed writes .safetensors, .pt or a directory, got {path.name!r}.")
+    return path
+
+
+def load_compressed(model_or_class: Any, path: str | Path, **init_kwargs: Any) -> Any:
+    """Loads a compressed model, whatever was done to it, and returns it in eval mode.
+
+    Args:
+        model_or_class: the uncompressed model (it is changed and returned), or its class.
+        path: a Lightning `.ckpt`, a `.safetensors` or `.pt` file, or a directory written by `save_compressed`.
+        **init_kwargs: arguments of the class; those of a LightningModule's saved hyperparameters are known.
+
+    Raises:
+        CheckpointError: the file is truncated, foreign, hostile, or does not fit the model.
+    """
+    path = Path(path)
+    path = path / ARTIFACT_NAME if path.is_dir() and (path / ARTIFACT_NAME).exists() else path
+    if path.is_dir():
+        raise CheckpointError(f"The directory {path} holds no {ARTIFACT_NAME}; name the checkpoint file itself.")
+    is_class = isinstance(model_or_class, type)
+    if not is_class and init_kwargs:
+        raise OptionError(
+            f"Arguments ({', '.join(init_kwargs)}) go with a class; {type(model_or_class).__name__} is made already."
+        )
+    if path.suffix == ".safetensors":
+        state, metadata = read_artifact(path)
+        saved = json.loads(metadata.get("hparams", "{}"))
+    else:
+        checkpoint = read_checkpoint(path)
+        state, saved = checkpoint.get("state_dict", checkpoint), None
+    if is_class and saved is None and issubclass(model_or_class, pl.LightningModule) and "state_dict" in checkpoint:
+        with _hooked(model_or_class):
+            return model_or_class.load_from_checkpoint(
+                path, map_location="cpu", weights_only=True, **init_kwargs
+            ).eval()
+    model = _make(model_or_class, saved or {}, init_kwargs) if is_class else model_or_class
+    _load(model, state, path)
+    return model.eval()
+
+
+def _make(model_class: type[nn.Module], saved: dict[str, Any], given: dict[str, Any]) -> nn.Module:
+    try:
+        model = model_class(**{**saved, **given})
+    except TypeError as error:
+        raise OptionError(
+            f"{model_class.__name__} cannot be made from { ({**saved, **given})!r}: {error}. Pass its arguments to "
+            "load_compressed, or a model."
+        ) from error
+    if isinstance(model, pl.LightningModule):
+        model.configure_model()
+    return model
+
+
+def _load(model: nn.Module, state: dict[str, Any], path: Path) -> None:
+    """Loads strictly, in the floating-point types of the file."""
+    install_hook(model)
+    try:
+        model.load_state_dict(state)
+    except PQuantError:
+        raise
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        stored = state.get(name)
+        if isinstance(stored, Tensor) and stored.dtype != tensor.dtype:
+            tensor.data = stored.to(tensor.device)
+
+
+@contextlib.contextmanager
+def _hooked(model_class: type[pl.LightningModule]) -> Iterator[None]:
+    """Fresh instances get the load hook in `on_load_checkpoint`, which Lightning calls just before the weights."""
+    changed: Any = model_class
+    own = "on_load_checkpoint" in model_class.__dict__
+    original = model_class.on_load_checkpoint
+
+    def on_load_checkpoint(self: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        install_hook(self)
+        original(self, checkpoint)
+
+    changed.on_load_checkpoint = on_load_checkpoint
+    try:
+        yield
+    finally:
+        if own:
+            changed.on_load_checkpoint = original
+        else:
+            del changed.on_load_checkpoint

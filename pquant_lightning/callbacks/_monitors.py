@@ -1,0 +1,32 @@
+"""Monitors that start afresh when the model has become another: its old best score is not comparable."""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+
+def _monitors(trainer: Trainer) -> list[Any]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [c for c in callbacks if isinstance(c, ModelCheckpoint | EarlyStopping) and c.monitor is not None]
+
+
+def reset_would_matter(trainer: Trainer) -> bool:
+    """Whether any monitor remembers a score."""
+    return any(
+        bool(m.best_k_models) if isinstance(m, ModelCheckpoint) else math.isfinite(float(m.best_score))
+        for m in _monitors(trainer)
+    )
+
+
+def reset_monitors(trainer: Trainer) -> None:
+    """ModelCheckpoint forgets its best models (the files stay), EarlyStopping its best score and its patience."""
+    for monitor in _monitors(trainer):
+        worst = torch.tensor(math.inf if monitor.mode == "min" else -math.inf)
+        if isinstance(monitor, ModelCheckpoint):
+            monitor.best_k_models, monitor.best_model_path, monitor.best_model_score = {}, "", None
+            monitor.kth_best_model_path, monitor.kth_value = "", worst
+        else:
+            monitor.wait_count, monitor.best_score = 0, worst

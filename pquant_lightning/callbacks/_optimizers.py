@@ -1,0 +1,51 @@
+"""Optimizers that were made before the compression (LightningCLI's `--optimizer`) get the new parameters."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import nn
+
+from pquant_lightning.core.compressed_layer import compressed_layers
+from pquant_lightning.core.errors import ModelError
+
+
+def repair_optimizers(trainer: Trainer, module: nn.Module, names_before: dict[int, str]) -> None:
+    """Replaces parameters that are gone by those of the layers in their place, in the same parameter groups.
+
+    Args:
+        trainer: its optimizers exist.
+        module: the compressed model.
+        names_before: names of the parameters before compression, by id.
+
+    Raises:
+        ModelError: a trainable parameter of a compressed layer is in no optimizer.
+    """
+    if not trainer.optimizers:
+        return
+    alive = {id(parameter) for parameter in module.parameters()}
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            gone = [p for p in group["params"] if id(p) not in alive]
+            for parameter in gone:
+                optimizer.state.pop(parameter, None)
+            replacements = _replacements(module, [names_before.get(id(p), "") for p in gone], held)
+            group["params"] = [p for p in group["params"] if id(p) in alive] + replacements
+            held.update(map(id, replacements))
+    for name, layer in compressed_layers(module, outermost=True).items():
+        for own, parameter in layer.named_parameters(prefix=name):
+            if parameter.requires_grad and id(parameter) not in held:
+                raise ModelError(
+                    f"The parameter {own!r} of a compressed layer is in no optimizer, so it would never train. Let "
+                    "configure_optimizers read self.parameters() when it is called, or freeze the layer with "
+                    "requires_grad_(False) before the fit."
+                )
+
+
+def _replacements(module: nn.Module, old_names: list[str], held: set[int]) -> list[Any]:
+    """Trainable parameters of the compressed layers that the old parameters belonged to, and that no group holds."""
+    found: dict[int, Any] = {}
+    for name, layer in compressed_layers(module, outermost=True).items():
+        if any(old.startswith(f"{name}.") for old in old_names):
+            found.update({id(p): p for p in layer.parameters() if p.requires_grad and id(p) not in held})
+    return list(found.values())

@@ -1,0 +1,396 @@
+"""The driver: how any method lives in a Trainer, from setup to the artefact; it knows no method by name."""
+
+import inspect
+import logging
+import math
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from pquant_lightning.callbacks._monitors import reset_monitors, reset_would_matter
+from pquant_lightning.callbacks._optimizers import repair_optimizers
+from pquant_lightning.core._private import launches_copies, resume_path
+from pquant_lightning.core.compressed_layer import compressed_layers, install_hook, is_hooked, read_specs, rebuild
+from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod
+from pquant_lightning.core.deploy import share_copy
+from pquant_lightning.core.errors import CallbackOrderError, CheckpointError, ModelError, OptionError
+from pquant_lightning.core.plan import CompressionPlan, Skip
+from pquant_lightning.core.report import CompressionReport, make_report
+from pquant_lightning.core.serialization import (
+    artifact_metadata,
+    read_checkpoint,
+    read_sharded_specs,
+    share_equal_storage,
+    write_artifact,
+)
+
+log = logging.getLogger(__name__)
+
+
+class _MethodCallback(Callback):
+    """One method in a Trainer. Of all such callbacks in a Trainer, the first sets up and the last reports and writes.
+
+    Attributes:
+        method: what it does.
+        report: after the start of a fit, parameters, bytes, MACs and errors; on the last such callback.
+        artifact: after a fit, the file with the deployed model; on the last such callback.
+    """
+
+    def __init__(self, method: CompressionMethod, name: str | None = None, reset_monitors: bool = True) -> None:
+        if not isinstance(method, CompressionMethod):
+            raise OptionError(f"{type(self).__name__} takes a compression method, got {method!r}.")
+        self.method = method
+        self.name = name
+        self.reset_monitors = reset_monitors
+        self.report: CompressionReport | None = None
+        self.artifact: Path | None = None
+        self._state: dict[str, Any] = {}
+        self._complete = False
+        self._scratch = _Run()
+
+    @property
+    def state_key(self) -> str:
+        """Class, method and the user's name, never options: a resume may change options."""
+        named = f", {self.name}" if self.name else ""
+        return f"{type(self).__name__}({self.method.name}{named})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": 1, "method": self.method.name, "complete": self._complete, "state": self._state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state, self._complete = state_dict["state"], state_dict["complete"]
+
+    # -- before training ---------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        prepared = is_hooked(pl_module)
+        install_hook(pl_module)
+        ours = _ours(trainer)
+        if self is not ours[0]:
+            return
+        _check_order(trainer)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and launches_copies(trainer) and not prepared:
+            raise ModelError(
+                "This strategy trains a copy of the model in other processes, and the model here would not take over "
+                "the compressed layers. Call pquant_lightning.prepare(model) before fit, or derive the module from "
+                "pquant_lightning.CompressedModule, or use strategy='ddp'."
+            )
+        if fitting or resume_path(trainer) is not None:
+            previous = pl_module.__dict__.get("configure_model")
+            pl_module.__dict__["configure_model"] = partial(_configure_model, pl_module, previous)
+
+    def compress(self, trainer: Trainer, module: LightningModule) -> None:
+        """Plans on rank 0, applies everywhere; does nothing where this callback's layers are in the model already."""
+        own = [layer for layer in compressed_layers(module).values() if layer.spec.get("by") == self.state_key]
+        if any(layer.deployed for layer in own):
+            raise ModelError(
+                f"{type(module).__name__} is finalized: the layers of {self.state_key} hold integers, which cannot be "
+                "trained. Fit the model in training form: load a checkpoint of the fit (.ckpt) instead of the artefact."
+            )
+        if own:
+            return
+        context = CompressionContext(by=self.state_key, track=partial(_track, trainer))
+        plan = self._shared_plan(trainer, module, context)
+        self.method.apply(module, plan, context)
+        self._state, self._complete = {}, False
+        self._scratch = _Run(errors=context.errors, skipped=plan.skipped, compressed=True)
+        if trainer.strategy.restore_checkpoint_after_setup:  # sharded strategies do not synchronise the ranks
+            for entry in plan.layers:
+                for tensor in module.get_submodule(entry.name).state_dict(keep_vars=True).values():
+                    tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
+
+    def _shared_plan(self, trainer: Trainer, module: LightningModule, context: CompressionContext) -> CompressionPlan:
+        plan: CompressionPlan | Exception | None = None
+        if trainer.is_global_zero:
+            try:
+                plan = self.method.checked_plan(module, context)
+            except Exception as error:  # raised below, on every rank: the others must not wait for ever
+                plan = error
+        plan = trainer.strategy.broadcast(plan)
+        if isinstance(plan, Exception):
+            raise plan
+        assert plan is not None
+        return plan
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self is _ours(trainer)[-1]:
+            repair_optimizers(trainer, pl_module, self._scratch.names_before)
+
+    # -- during training ---------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ours = _ours(trainer)
+        if self.method.completes_at > 0 and math.isinf(_limits(trainer)):
+            raise ModelError(
+                f"{self.state_key} follows a schedule over the training, and this training is open-ended "
+                "(max_epochs=-1 without max_steps). Give the Trainer max_steps or max_epochs."
+            )
+        if self._scratch.compressed and self.reset_monitors and self.method.completes_at == 0:
+            self._start_monitors_afresh(trainer)
+        if type(self.method).project is not CompressionMethod.project:
+            hook = partial(_project, self.method, pl_module, self._state)
+            self._scratch.handles = [o.register_step_post_hook(hook) for o in trainer.optimizers]
+            self.method.project(pl_module, self._state)
+        if self is ours[-1] and self.report is not None:
+            pl_module.log("pquant/compression_ratio", self.report.compression_ratio, sync_dist=True)
+            pl_module.log("pquant/size_ratio", self.report.size_ratio, prog_bar=True, sync_dist=True)
+            pl_module.log("pquant/size_bytes", float(self.report.size_bytes[1]), sync_dist=True)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if type(self.method).step is CompressionMethod.step:
+            return
+        progress = self._scratch.progress = _progress(trainer, batch_idx)
+        self.method.step(pl_module, self._state, progress)
+        if not self._complete and progress >= self.method.completes_at:
+            self._complete = True
+            if self.reset_monitors and self.method.completes_at > 0:
+                self._start_monitors_afresh(trainer)
+
+    def _start_monitors_afresh(self, trainer: Trainer) -> None:
+        if reset_would_matter(trainer):
+            reset_monitors(trainer)
+            log.info(
+                "%s has reached its target: ModelCheckpoint and EarlyStopping start afresh, so that the best model "
+                "is a compressed one (reset_monitors=False keeps their scores).",
+                self.state_key,
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove_handles()
+        if self.method.completes_at > 0 and not self._complete:
+            log.warning(
+                "%s reaches its target at %.0f %% of the training, and the training ended at %.0f %%. Train longer, or "
+                "let the schedule end earlier.",
+                self.state_key,
+                100 * self.method.completes_at,
+                100 * self._scratch.progress,
+            )
+        if self is _ours(trainer)[-1] and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            directory = trainer.log_dir or trainer.default_root_dir  # asks all ranks, so not only on rank 0
+            self.artifact = Path(directory) / "compressed.safetensors"
+            if trainer.strategy.restore_checkpoint_after_setup:
+                options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+                self._scratch.gathered = get_model_state_dict(pl_module, options=options)
+
+    # -- after training ----------------------------------------------------------------------------------------------
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        last = self is _ours(trainer)[-1] and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if last and self.artifact is not None and self.report is not None and trainer.is_global_zero:
+            size = _write_artifact(trainer, pl_module, self.artifact, self._scratch.gathered)
+            log.info(
+                "Compressed model: %s (%s bytes, %.1f %% of the uncompressed weights). Load it with\n    %s",
+                self.artifact,
+                f"{size:,}",
+                100 * size / self.report.size_bytes[0],
+                f"load_compressed({type(pl_module).__name__}, {str(self.artifact)!r})",
+            )
+        self._scratch = _Run()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        _restore_configure_model(pl_module)
+        self._remove_handles()
+
+    def _remove_handles(self) -> None:
+        for handle in self._scratch.handles:
+            handle.remove()
+        self._scratch.handles = []
+
+
+class _Run:
+    """What a callback knows only during one fit."""
+
+    def __init__(
+        self, errors: dict[str, float] | None = None, skipped: tuple[Skip, ...] = (), compressed: bool = False
+    ) -> None:
+        self.errors = errors or {}
+        self.skipped = skipped
+        self.compressed = compressed
+        self.progress = 0.0
+        self.names_before: dict[int, str] = {}
+        self.handles: list[Any] = []
+        self.gathered: dict[str, Any] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Run":
+        return _Run()
+
+
+def _ours(trainer: Trainer) -> list[_MethodCallback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, _MethodCallback)]
+
+
+def _check_order(trainer: Trainer) -> None:
+    """Methods act in the order of their stages, and before any callback that copies the model."""
+    ours = _ours(trainer)
+    right = sorted(ours, key=lambda callback: callback.method.stage)
+    if right != ours:
+        shown = ", ".join(callback.state_key for callback in right)
+        raise CallbackOrderError(
+            f"The callbacks stand in the order [{', '.join(c.state_key for c in ours)}], so that one undoes the other. "
+            f"Give the Trainer callbacks=[{shown}]."
+        )
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks[: callbacks.index(ours[-1])]:
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            shown = ", ".join([*(c.state_key for c in ours), type(callback).__name__])
+            raise CallbackOrderError(
+                f"{type(callback).__name__} copies the model and stands before {ours[-1].state_key}, which changes it. "
+                f"Give the Trainer callbacks=[{shown}]."
+            )
+
+
+def _restore_configure_model(module: LightningModule) -> None:
+    wrapper = module.__dict__.get("configure_model")
+    if isinstance(wrapper, partial) and wrapper.func is _configure_model:
+        del module.__dict__["configure_model"]
+        if wrapper.args[1] is not None:
+            module.__dict__["configure_model"] = wrapper.args[1]
+
+
+def _configure_model(module: LightningModule, previous: Any) -> None:
+    """Stands in for the instance's `configure_model` once: the user's own, then all compression of this run.
+
+    A strategy that shards the model does so in the user's `configure_model`, so there compression comes first.
+    """
+    _restore_configure_model(module)
+    trainer = module.trainer
+    if not trainer.strategy.restore_checkpoint_after_setup:
+        module.configure_model()
+    names_before = {id(parameter): name for name, parameter in module.named_parameters()}
+    path = resume_path(trainer)
+    with torch.device("cpu"):
+        if path is not None:
+            _take_structure(trainer, module, path)
+        else:
+            for callback in _ours(trainer):
+                callback.compress(trainer, module)
+    if trainer.state.fn == TrainerFn.FITTING:
+        _finish(trainer, module)
+        _ours(trainer)[-1]._scratch.names_before = names_before
+    if trainer.strategy.restore_checkpoint_after_setup:
+        module.configure_model()
+
+
+def _take_structure(trainer: Trainer, module: LightningModule, path: str) -> None:
+    """Resume: the file's specs are the plan; nothing is planned, calibrated or decomposed."""
+    file = Path(path)
+    if file.is_dir():
+        checkpoint, specs, state = read_sharded_specs(file)
+    else:
+        checkpoint = read_checkpoint(file)
+        state = checkpoint.get("state_dict", {})
+        specs = read_specs(state)
+    if trainer.state.fn == TrainerFn.FITTING:
+        made_by = {spec.get("by") for spec in specs.values()} | set(checkpoint.get("callbacks", {}))
+        for callback in _ours(trainer):
+            if callback.state_key not in made_by:
+                raise CheckpointError(
+                    f"{path} was written without {callback.state_key}, so resuming would train without it. Load "
+                    "the weights first and fit without ckpt_path, which compresses them: "
+                    f"model = load_compressed({type(module).__name__}, {path!r}); or take the callback out of the list."
+                )
+    rebuild(module, specs, state)
+
+
+def _finish(trainer: Trainer, module: LightningModule) -> None:
+    """Prepares training on the compressed model and reports it."""
+    ours = _ours(trainer)
+    for callback in ours:
+        callback.method.attach(module, callback._state)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ModelError(
+            f"{type(module).__name__} has no parameter to train: all are frozen or integers. Unfreeze some "
+            "(parameter.requires_grad_(True)); a finalized model is not trained again: load a checkpoint of the fit."
+        )
+    runs = [callback._scratch for callback in ours]
+    errors = {name: error for run in runs for name, error in run.errors.items()}
+    skipped = [skip for run in runs for skip in run.skipped if skip.name not in compressed_layers(module)]
+    example = getattr(module, "example_input_array", None)
+    ours[-1].report = make_report(module, example_inputs=example, errors=errors, skipped=skipped)
+    if trainer.is_global_zero:
+        log.info("%s", ours[-1].report)
+
+
+def _write_artifact(trainer: Trainer, module: LightningModule, path: Path, gathered: dict[str, Any] | None) -> int:
+    """Writes the best checkpoint's model where one is monitored, else the current one; returns the bytes."""
+    shell = share_copy(module)
+    state = gathered
+    checkpointer: Any = trainer.checkpoint_callback
+    best = Path(getattr(checkpointer, "best_model_path", "") or ".")
+    if getattr(checkpointer, "monitor", None) is not None and best.is_file():
+        checkpoint = read_checkpoint(best)
+        state = checkpoint["state_dict"]
+        log.info("The artefact holds the best checkpoint by %s: %s", checkpointer.monitor, best)
+    if state is not None:
+        rebuild(shell, read_specs(state), state)
+        shell.load_state_dict(state, strict=module.strict_loading, assign=True)
+        share_equal_storage(shell)
+    return write_artifact(shell, path, artifact_metadata(module))
+
+
+def _track(trainer: Trainer, items: Iterable[Any], description: str) -> Iterable[Any]:
+    """A progress bar while layers are decomposed: on rank 0, in a terminal, unless bars are switched off."""
+    bar: Any = trainer.progress_bar_callback
+    visible = trainer.is_global_zero and bar is not None and bar.is_enabled and sys.stderr.isatty()
+    return track(list(items), description, console=Console(stderr=True), transient=True, disable=not visible)
+
+
+def _limits(trainer: Trainer) -> float:
+    """Epochs or steps after which training ends; infinite if it is open-ended."""
+    epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+    steps = trainer.max_steps if trainer.max_steps != -1 else math.inf
+    return min(float(epochs or 0), float(steps))
+
+
+def _progress(trainer: Trainer, batch_idx: int) -> float:
+    """Share of the training's batches or steps that is done, whichever is further: 0 at the first, 1 at the last."""
+    done = 0.0
+    if trainer.max_epochs not in (None, -1):
+        batches = trainer.num_training_batches
+        per_epoch = 1 if math.isinf(batches) else int(batches)
+        within = 0 if math.isinf(batches) else batch_idx
+        done = (trainer.current_epoch * per_epoch + within) / max((trainer.max_epochs or 1) * per_epoch - 1, 1)
+    if trainer.max_steps > 0:
+        done = max(done, trainer.global_step / max(trainer.max_steps - 1, 1))
+    return min(done, 1.0)
+
+
+def _project(method: CompressionMethod, module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    method.project(module, state)
+
+
+def show_signature(callback_class: type[_MethodCallback], method_class: type[CompressionMethod]) -> None:
+    """Gives a named callback the signature of its method's options, for `inspect`, `help` and editors."""
+    options = [p for p in inspect.signature(method_class).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    own = [p for p in inspect.signature(callback_class.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    callback_class.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+
+
+class CompressionCallback(_MethodCallback):
+    """Runs any compression method in a Trainer.
+
+    Args:
+        method: the method, e.g. `LowRankCompression(rank=64)`.
+        name: tells two callbacks of one method apart; part of what a checkpoint remembers.
+        reset_monitors: when the target is reached, ModelCheckpoint and EarlyStopping start afresh.
+
+    >>> from pquant_lightning import LowRankCompression
+    >>> CompressionCallback(LowRankCompression(rank=8)).state_key
+    'CompressionCallback(low_rank)'
+    """
+
+    def __init__(self, method: CompressionMethod, name: str | None = None, reset_monitors: bool = True) -> None:
+        super().__init__(method, name, reset_monitors)

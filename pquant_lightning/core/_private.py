@@ -1,0 +1,45 @@
+"""Every private name of torch and Lightning in use, in one place; `tests/unit/test_private.py` fails when one moves."""
+
+import sys
+from collections import OrderedDict
+from copy import copy
+from typing import Any
+
+# torch 2.13, torch/nn/modules/module.py: the dictionaries behind register_forward_hook and its kin
+MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# torch 2.13, torch/nn/modules/module.py: the tables of a module
+TENSOR_TABLES = ("_parameters", "_buffers")
+MODULE_TABLE = "_modules"
+
+
+def shallow_copy(module: Any) -> Any:
+    """A module of the same class with a `__dict__` of its own, and without hooks that are bound to the original."""
+    twin = copy(module)
+    twin.__dict__["_load_state_dict_pre_hooks"] = OrderedDict()
+    twin.__dict__.pop("_pquant_hooked", None)
+    return twin
+
+
+def resume_path(trainer: Any) -> str | None:
+    """The checkpoint the running fit, validate, test or predict starts from; None outside a run or without one.
+
+    `trainer.ckpt_path` is unset or stale in `setup`: the resolved path ("best", "last", "hpc" included) is only a local
+    of `Trainer._run` (Lightning 2.6.6, trainer/trainer.py), so we look for that frame.
+    """
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
+            path = frame.f_locals.get("ckpt_path")
+            return None if path is None else str(path)
+        frame = frame.f_back
+    return None
+
+
+def launches_copies(trainer: Any) -> bool:
+    """Whether fit runs in processes that get a copy of the model (`ddp_spawn`, `ddp_fork`, `ddp_notebook`).
+
+    Lightning 2.6.6, strategies/launchers/multiprocessing.py; the class is private, so it is known by its name.
+    """
+    launcher = getattr(trainer.strategy, "launcher", None)
+    return any(base.__name__ == "_MultiProcessingLauncher" for base in type(launcher).__mro__)

@@ -1,0 +1,310 @@
+"""Layers that describe themselves: kinds, their specs in the state dict, and the rebuild of a model from specs."""
+
+import json
+import logging
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from pquant_lightning.core.errors import CheckpointError, PQuantError, known
+from pquant_lightning.core.layer_adapter import as_torch
+from pquant_lightning.core.surgery import materialize, replace_layer
+
+log = logging.getLogger(__name__)
+
+SPEC_VERSION = 1
+_EXTRA = "_extra_state"
+
+
+class Stage(IntEnum):
+    """The one order in which methods act, for callbacks and pipelines."""
+
+    FACTORIZE = 1
+    ADAPT = 2
+    MASK = 3
+    QUANTIZE = 4
+
+
+def _keep_slow_path(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook that does nothing: with any hook present, `nn.TransformerEncoderLayer` calls its layers
+    instead of reading their `.weight` in its eval fast path, which would bypass a compressed layer silently."""
+
+
+class CompressedLayer(nn.Module):
+    """A layer put in by this library; a *kind* is a concrete subclass, registered by name as a class keyword.
+
+    It carries its structure, the spec, as JSON in its extra state: a state dict alone says how to rebuild the model.
+
+    Args (class keywords):
+        kind: the name in the spec; None for a shared base.
+        stage: when it is applied; methods of the same or an earlier stage leave it alone.
+
+    Attributes:
+        spec: the structure; `kind`, `by`, `layer` (the ordinary layer it stands for) and the kind's own entries.
+    """
+
+    kinds: ClassVar[dict[str, type["CompressedLayer"]]] = {}
+    kind: ClassVar[str]
+    stage: ClassVar[Stage]
+    deployed: ClassVar[bool] = False
+    float32_buffers: ClassVar[tuple[str, ...]] = ()  # stay float32 when the module is cast
+    parameter_buffers: ClassVar[tuple[str, ...]] = ()  # former parameters that a deployed form keeps as buffers
+    derived_tensors: ClassVar[tuple[str, ...]] = ()  # functions of `weight` alone: shared where the weight was
+    spec: dict[str, Any]
+
+    def __init_subclass__(cls, kind: str | None = None, stage: Stage | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if stage is not None:
+            cls.stage = stage
+        if kind is not None:
+            holder = CompressedLayer.kinds.setdefault(kind, cls)
+            if holder.__qualname__ != cls.__qualname__:
+                raise PQuantError(f"The kind {kind!r} is already taken by {holder.__name__}; choose another name.")
+            CompressedLayer.kinds[kind] = cls
+            cls.kind = kind
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], replaced: nn.Module | None) -> Self:
+        """Structure only; called under `torch.device("meta")`. Buffers with a start value name their device."""
+        raise NotImplementedError(f"{cls.__name__}.from_spec")
+
+    def finalized(self) -> nn.Module:
+        """The deployed form of this layer; a new layer, or itself where nothing changes. Inner kinds are final."""
+        return self
+
+    def dense_weight(self) -> Tensor:
+        """The weight of the ordinary layer that this one stands for, same shape."""
+        weight = self.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def described(self) -> str:
+        """The method and its parameters in a few words, for tables."""
+        return self.kind
+
+    @staticmethod
+    def build(spec: dict[str, Any], replaced: nn.Module | None) -> "CompressedLayer":
+        """Makes the layer a spec describes: the only way in which kinds come to be.
+
+        Args:
+            spec: its structure; stored in the layer.
+            replaced: the layer whose place it takes: parameters of equal name and shape are taken over.
+
+        Raises:
+            PQuantError: the spec names no registered kind.
+        """
+        kind = spec.get("kind")
+        if kind not in CompressedLayer.kinds:
+            raise PQuantError(f"Unknown kind of compressed layer: {kind!r}. {known(kind, CompressedLayer.kinds)}")
+        ordinary = replaced if replaced is None else (as_torch(replaced) or replaced)
+        if isinstance(replaced, CompressedLayer) and "group" in replaced.spec:
+            spec = {"group": replaced.spec["group"], **spec}
+        with torch.device("meta"):
+            layer = CompressedLayer.kinds[kind].from_spec(spec, ordinary)
+        layer.spec = json.loads(json.dumps({"version": SPEC_VERSION, **spec}))
+        layer.register_forward_pre_hook(_keep_slow_path)
+        materialize(layer, ordinary)
+        return layer
+
+    def get_extra_state(self) -> Tensor:
+        """The spec as a uint8 tensor of JSON text, shape `(bytes,)`."""
+        return torch.tensor(list(json.dumps(self.spec, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to do: the pre-hook has rebuilt the layer from this state before any weight is loaded."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        own = dict(self.named_buffers(recurse=False))
+        kept = {name: own[name] for name in self.float32_buffers if name in own}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return self.described()
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of an ordinary layer, or the one that a compressed layer stands for."""
+    weight = layer.dense_weight() if isinstance(layer, CompressedLayer) else layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def compressed_layers(model: nn.Module, *, outermost: bool = False) -> dict[str, CompressedLayer]:
+    """The compressed layers by name, outer before inner; a layer used twice appears under its first name."""
+    found: dict[str, CompressedLayer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLayer):
+            inside = any(name.startswith(f"{outer}.") or not outer for outer in found)
+            if not (outermost and inside):
+                found[name] = module
+    return found
+
+
+def decode_spec(state: Any) -> dict[str, Any] | None:
+    """The spec in a layer's extra state; None for anything else (a user's own extra state)."""
+    if not (isinstance(state, Tensor) and state.dtype == torch.uint8 and state.dim() == 1):
+        return None
+    try:
+        spec = json.loads(bytes(state.tolist()))
+    except ValueError:
+        return None
+    return spec if isinstance(spec, dict) and "kind" in spec else None
+
+
+def read_specs(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
+    """The specs in a state dict by layer name, outermost first.
+
+    Raises:
+        CheckpointError: a spec is of a newer version than this release reads.
+    """
+    specs = {}
+    for key, value in state_dict.items():
+        if key.startswith(prefix) and key.endswith(f".{_EXTRA}") and (spec := decode_spec(value)) is not None:
+            specs[key[len(prefix) : -len(_EXTRA) - 1]] = spec
+    for name, spec in specs.items():
+        if spec.get("version") != SPEC_VERSION:
+            raise CheckpointError(
+                f"Layer {name!r} of the checkpoint has a spec of version {spec.get('version')!r}; this release reads "
+                f"version {SPEC_VERSION}. Install the release of pquant_lightning that wrote it."
+            )
+    return dict(sorted(specs.items(), key=lambda item: item[0].count(".")))
+
+
+def rebuild(
+    root: nn.Module, specs: Mapping[str, dict[str, Any]], state_dict: Mapping[str, Any], prefix: str = ""
+) -> None:
+    """Gives the model the structure that the specs describe, before the weights are loaded.
+
+    Layers that have it already are kept, parameters of equal name and shape are taken over.
+
+    Raises:
+        CheckpointError: the specs do not fit the model or the tensors beside them.
+    """
+    stale = _layers_plain_in_file(root, specs, state_dict, prefix)
+    if stale:
+        name, layer = next(iter(stale.items()))
+        raise CheckpointError(
+            f"The checkpoint holds {len(stale)} uncompressed layer(s) that are compressed in this model, the first is "
+            f"{name!r} ({layer.described()}). Load it into the uncompressed model first, then compress: fit without "
+            "ckpt_path, or compress_model(model, ...) after load_state_dict."
+        )
+    pending: dict[str, CompressedLayer] = {}  # nothing is put into the model before everything has been checked
+    for name, spec in specs.items():
+        outer = next((other for other in pending if name.startswith(f"{other}.")), None)
+        holder, own_name = (root, name) if outer is None else (pending[outer], name[len(outer) + 1 :])
+        existing = _existing(holder, own_name, name)
+        if _fits(existing, name, spec, specs):
+            continue
+        layer = _build_checked(name, spec, existing, specs, state_dict, prefix)
+        if outer is None:
+            pending[name] = layer
+        else:
+            replace_layer(holder, own_name, layer)
+    replaced = [(replace_layer(root, name, layer), layer) for name, layer in pending.items()]
+    restored = sum(getattr(old, "deployed", False) and not new.deployed for old, new in replaced)
+    if restored:
+        log.info(
+            "%d finalized layer(s) are back in their training form, as in the file that is being loaded.", restored
+        )
+    _share_tied(root, specs)
+
+
+def _existing(holder: nn.Module, own_name: str, name: str) -> nn.Module:
+    try:
+        return holder.get_submodule(own_name)
+    except AttributeError:
+        names = [other for other, _ in holder.named_modules() if other]
+        raise CheckpointError(
+            f"The checkpoint holds a compressed layer {name!r} that this {type(holder).__name__} does not have; it "
+            f"belongs to another model. {known(own_name, names)}"
+        ) from None
+
+
+def _fits(existing: nn.Module, name: str, spec: dict[str, Any], specs: Mapping[str, Any]) -> bool:
+    if not isinstance(existing, CompressedLayer) or existing.spec != spec:
+        return False
+    inner = [child for child in compressed_layers(existing) if child]
+    return all(f"{name}.{child}" in specs for child in inner)
+
+
+def _build_checked(
+    name: str,
+    spec: dict[str, Any],
+    existing: nn.Module,
+    specs: Mapping[str, Any],
+    state_dict: Mapping[str, Any],
+    prefix: str,
+) -> CompressedLayer:
+    """Builds a layer from a file's spec, after its shapes have been compared with the tensors in the file.
+
+    A file is not trusted: a spec with absurd sizes must not make us allocate them.
+    """
+    kind = spec["kind"]
+    if kind not in CompressedLayer.kinds:
+        raise CheckpointError(
+            f"Layer {name!r} of the checkpoint is of an unknown kind {kind!r}. {known(kind, CompressedLayer.kinds)} "
+            "If it comes from another package, import that package first."
+        )
+    try:
+        with torch.device("meta"):
+            structure = CompressedLayer.kinds[kind].from_spec(spec, as_torch(existing) or existing)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"The spec of layer {name!r} in the checkpoint is damaged: {error!r}.") from error
+    for key, tensor in structure.state_dict(keep_vars=True).items():
+        stored = state_dict.get(f"{prefix}{name}.{key}")
+        in_inner_kind = any(f"{name}.{key}".startswith(f"{other}.") for other in specs if other != name)
+        if key.endswith(_EXTRA) or in_inner_kind:
+            continue
+        if not isinstance(stored, Tensor) or stored.shape != tensor.shape:
+            found = "nothing" if stored is None else f"shape {tuple(stored.shape)}"
+            raise CheckpointError(
+                f"The checkpoint is damaged: the spec of layer {name!r} calls for {key!r} of shape "
+                f"{tuple(tensor.shape)}, the file holds {found}."
+            )
+    return CompressedLayer.build(spec, existing)
+
+
+def _layers_plain_in_file(
+    root: nn.Module, specs: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str
+) -> dict[str, CompressedLayer]:
+    """Layers compressed here that the file holds in plain form, and that no rebuilt ancestor will replace."""
+    plain = {}
+    for name, layer in compressed_layers(root, outermost=True).items():
+        covered = name in specs or any(name.startswith(f"{other}.") for other in specs)
+        if name and not covered and any(key.startswith(f"{prefix}{name}.") for key in state_dict):
+            plain[name] = layer
+    return plain
+
+
+def _share_tied(root: nn.Module, specs: Mapping[str, dict[str, Any]]) -> None:
+    """Buffers that a spec declares `tied_to` another layer's become that layer's tensor, as when they were saved."""
+    for name, spec in specs.items():
+        for own, target in spec.get("tied_to", {}).items():
+            owner_name, _, tensor_name = target.rpartition(".")
+            owner = dict(root.named_modules()).get(owner_name)
+            if owner is not None and hasattr(owner, tensor_name):
+                setattr(root.get_submodule(name), own, getattr(owner, tensor_name))
+
+
+def _load_hook(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    rebuild(module, read_specs(state_dict, prefix), state_dict, prefix)
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether `install_hook` has been called on the model or on the one it is a copy of."""
+    return "_pquant_hooked" in model.__dict__
+
+
+def install_hook(model: nn.Module) -> None:
+    """Makes `model.load_state_dict` rebuild compressed layers from the state dict; idempotent, survives copies."""
+    if not is_hooked(model):
+        model.__dict__["_pquant_hooked"] = True
+        model.register_load_state_dict_pre_hook(_load_hook)

@@ -1,0 +1,336 @@
+"""The contract of a method: options as a frozen dataclass, a plan, its application, and what training needs of it."""
+
+import dataclasses
+import functools
+from abc import ABC
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, dataclass_transform
+
+import torch
+from torch import Tensor, nn
+
+from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, install_hook, weight_of
+from pquant_lightning.core.deploy import deployed_bytes, stored_bytes
+from pquant_lightning.core.errors import ModelError, OptionError, known
+from pquant_lightning.core.layer_adapter import as_torch, layer_spec, why_unsupported
+from pquant_lightning.core.options import check_type
+from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
+from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.core.surgery import get_layer, replace_layer
+
+__all__ = ["CompressionContext", "CompressionMethod", "LayerMethod", "Stage", "Statistic"]
+
+
+class Statistic(Enum):
+    """What calibration collects of a layer's inputs."""
+
+    RANGE = "range"
+    SECOND_MOMENT = "second_moment"
+
+
+def _no_tracking(items: Iterable[Any], description: str) -> Iterable[Any]:
+    return items
+
+
+@dataclass(frozen=True)
+class CompressionContext:
+    """What a method may use besides the model.
+
+    Attributes:
+        by: who plans: written into every spec, so that a callback knows its own layers again.
+        track: wraps an iterable of layers and shows progress; `track(items, description)`.
+        errors: filled by `apply`: relative weight error ||W - W'|| / ||W|| by layer name.
+    """
+
+    by: str
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = _no_tracking
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+@dataclass(frozen=True, kw_only=True)
+class CompressionMethod(ABC):
+    """Base of all methods: declare options as annotated fields, implement `plan` and `apply` (or use `LayerMethod`).
+
+    Subclasses become frozen keyword-only dataclasses; `Method(rank=8)` and `Method({"rank": 8})` are the same. A class
+    that writes its own `__init__(self, config)` and `compress` (the specification's shape) is taken as it is.
+
+    Args:
+        include: glob patterns over module names; only matching layers are changed. None means all.
+        exclude: glob patterns over module names; matching layers are left alone.
+        min_saving: least share of a layer's stored bytes that must go, else the layer is left alone; 0 asks nothing.
+
+    Raises:
+        OptionError: unknown option, wrong type, value out of range.
+    """
+
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+    min_saving: float = 0.05
+
+    stage: ClassVar[Stage]
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+    trains: ClassVar[bool] = False  # the method's own form must be trained; compress_model then gives the training form
+    keeps_ties: ClassVar[bool] = False  # a weight shared with another layer stays shared
+
+    @property
+    def completes_at(self) -> float:
+        """Progress of training, in [0, 1], at which the target is reached; 0 for methods that act at the start."""
+        return 0.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in cls.__dict__:
+            dataclass(frozen=True, kw_only=True)(cls)
+            _accept_mapping(cls)
+
+    def __post_init__(self) -> None:
+        self.validate_config()
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """The options as a plain dict; `type(self)(self.config)` makes an equal method."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def name(self) -> str:
+        """The first registry name of the class."""
+        return CompressionMethodRegistry.name_of(type(self))
+
+    def validate_config(self) -> None:
+        """Checks types and ranges of the options; methods extend it.
+
+        Raises:
+            OptionError: an option has a wrong type or value.
+        """
+        for option in dataclasses.fields(self):
+            check_type(type(self), option.name, getattr(self, option.name))
+        if not 0 <= self.min_saving < 1:
+            raise OptionError(f"min_saving is a share of a layer's bytes in [0, 1), got {self.min_saving}.")
+
+    def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
+        """Decides what to change. Pure: the model is not touched."""
+        raise ModelError(
+            f"{type(self).__name__} has no plan and apply: it can be used in compress_model(model, method), not in a "
+            "Trainer. Derive it from LayerMethod, or give it plan(model, context) and apply(model, plan, context)."
+        )
+
+    def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
+        """Changes the model as planned, in place, once."""
+        raise NotImplementedError(f"{type(self).__name__}.apply")
+
+    def attach(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Called at every start of a fit, before the optimizers are made; must be idempotent."""
+
+    def step(self, model: nn.Module, state: dict[str, Any], progress: float) -> None:
+        """Scheduled methods act here, before a training batch; `state` is checkpointed, `progress` in [0, 1]."""
+
+    def project(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Restores what an optimizer step may have broken (exact zeros); after each real step."""
+
+    def candidates(self, name: str, module: nn.Module, context: CompressionContext) -> list[Candidate]:
+        """The choices for one layer as the budget sees them, smallest first; empty where there is no choice."""
+        return []
+
+    @classmethod
+    def finalize(cls, model: nn.Module) -> None:
+        """Deploys what spans several layers; single layers are deployed by `CompressedLayer.finalized`."""
+
+    def compress(self, model: nn.Module, train_loader: Any = None, val_loader: Any = None) -> nn.Module:
+        """Returns a compressed copy; the given model is not touched.
+
+        Args:
+            model: any module that contains layers.
+            train_loader: data for methods that calibrate.
+            val_loader: data for methods that measure.
+
+        Raises:
+            ModelError: no layer can be changed, weights are not finite, or a lazy layer is not built yet.
+        """
+        copy = deepcopy(model)
+        context = CompressionContext(by=self.name)
+        self.apply(copy, self.checked_plan(copy, context), context)
+        self.attach(copy, {})
+        install_hook(copy)
+        return copy
+
+    def checked_plan(self, model: nn.Module, context: CompressionContext) -> CompressionPlan:
+        """The plan, or an error where it would change nothing."""
+        plan = self.plan(model, context)
+        if not plan.layers:
+            reasons = "\n".join(f"  {skip.name}: {skip.reason}" for skip in plan.skipped) or "  it has no such layers"
+            raise ModelError(f"{self.name} changes no layer of {type(model).__name__}:\n{reasons}")
+        return plan
+
+    def get_compression_info(self, original_model: nn.Module, compressed_model: nn.Module) -> dict[str, Any]:
+        """Parameter counts, their ratio, the method's name and its options."""
+        original = sum(p.numel() for p in original_model.parameters())
+        compressed = sum(p.numel() for p in compressed_model.parameters())
+        return {
+            "compression_ratio": original / max(compressed, 1),
+            "original_params": original,
+            "compressed_params": compressed,
+            "method": self.name,
+            **self.config,
+        }
+
+
+def _accept_mapping(cls: type[CompressionMethod]) -> None:
+    """Wraps the dataclass `__init__` so that one positional dict of options works and unknown names are explained."""
+    initialize = cls.__init__
+    names = [f.name for f in dataclasses.fields(cls)]
+
+    @functools.wraps(initialize)
+    def accepting(self: CompressionMethod, config: dict[str, Any] | None = None, /, **options: Any) -> None:
+        if not isinstance(config, dict | None):
+            raise OptionError(f"{cls.__name__} takes its options as keywords or as one dict, got {config!r}.")
+        options = {**(config or {}), **options}
+        if "__dataclass_params__" not in type(self).__dict__:  # the specification's shape: its own __init__
+            self.__dict__.update(config=options, name=type(self).__name__)
+            return
+        for name in options:
+            if name not in names:
+                raise OptionError(f"{cls.__name__} has no option {name!r}. {known(name, names)}")
+        initialize(self, **options)
+
+    cls.__init__ = accepting  # type: ignore[method-assign, assignment]
+
+
+_accept_mapping(CompressionMethod)
+
+
+class LayerMethod(CompressionMethod):
+    """A method that changes one layer at a time: give `plan_layer` and `fill`."""
+
+    def plan_layer(self, name: str, layer: nn.Module, context: CompressionContext) -> dict[str, Any] | Skip | LayerPlan:
+        """Decides one ordinary layer: the new layer's spec (or a LayerPlan with scratch), or why it is left alone."""
+        raise NotImplementedError(f"{type(self).__name__}.plan_layer")
+
+    def fill(self, new: Any, old: Any, plan: LayerPlan, context: CompressionContext) -> None:
+        """Gives the new layer its values (under no_grad); parameters of equal name and shape are already the old's."""
+
+    def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
+        context = context or CompressionContext(by=self.name)
+        if as_torch(model) is not None:
+            raise ModelError(
+                f"The model is a bare {type(model).__name__}, and a layer is replaced inside a model: wrap it in "
+                "torch.nn.Sequential(layer)."
+            )
+        layers: list[LayerPlan] = []
+        skipped: list[Skip] = []
+        owners = _weight_owners(model)
+        for name, module in context.track(list(self._targets(model, skipped)), f"{self.name}: planning"):
+            decision = self._decide(name, module, owners, context)
+            if isinstance(decision, Skip):
+                skipped.append(decision)
+            else:
+                layers.append(decision)
+        noted = tuple(dataclasses.replace(skip, by=context.by) for skip in skipped)
+        return CompressionPlan(self.name, context.by, tuple(layers), noted)
+
+    def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
+        context = context or CompressionContext(by=plan.by)
+        for entry in plan.layers:
+            get_layer(model, entry.name)
+        for entry in context.track(plan.layers, f"{self.name}: compressing"):
+            old = get_layer(model, entry.name)
+            ordinary = as_torch(old)
+            if ordinary is None:
+                raise ModelError(f"The plan changes {entry.name!r}, a {type(old).__name__}, which has no adapter.")
+            new = CompressedLayer.build(entry.spec, old)
+            with torch.no_grad():
+                self.fill(new, ordinary, entry, context)
+                context.errors[entry.name] = relative_error(weight_of(ordinary), weight_of(new))
+            replace_layer(model, entry.name, new)
+
+    def _targets(self, model: nn.Module, skipped: list[Skip]) -> Iterator[tuple[str, nn.Module]]:
+        """Ordinary layers this method may look at; the others are noted with the reason."""
+        chosen = _Selection(self, model)
+        closed: list[str] = []
+        for name, module in model.named_modules():
+            if any(name.startswith(f"{prefix}.") for prefix in closed):
+                continue
+            if isinstance(module, CompressedLayer) and module.stage >= self.stage:
+                closed.append(name)
+                skipped.append(Skip(name, f"already compressed ({module.described()})"))
+            elif as_torch(module) is None:
+                reason = None if isinstance(module, CompressedLayer) else why_unsupported(module)
+                if reason is not None and "lazy" in reason and chosen(name) is None:
+                    raise ModelError(f"Layer {name!r} {reason}.")
+                if reason is not None:
+                    skipped.append(Skip(name, reason))
+            elif (reason := chosen(name)) is not None:
+                skipped.append(Skip(name, reason))
+            else:
+                yield name, module
+
+    def _decide(
+        self, name: str, module: nn.Module, owners: dict[int, list[str]], context: CompressionContext
+    ) -> LayerPlan | Skip:
+        layer = as_torch(module)
+        assert layer is not None
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            return Skip(name, "its weight is computed by a hook (prune, weight_norm): make it permanent first")
+        if not weight.is_floating_point():
+            return Skip(name, f"its weight is of type {weight.dtype}")
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            raise ModelError(f"The weight of layer {name!r} holds NaN or infinite values; nothing was compressed.")
+        shared = [other for p in module.parameters(recurse=False) for other in owners[id(p)] if other != name]
+        if shared and not self.keeps_ties:
+            return Skip(name, f"shares a parameter with {shared[0]!r}")
+        decision = self.plan_layer(name, layer, context)
+        if isinstance(decision, Skip):
+            return decision
+        plan = decision if isinstance(decision, LayerPlan) else LayerPlan(name, decision)
+        spec = {**plan.spec, "by": context.by, "layer": layer_spec(layer)}
+        before, after = stored_bytes(layer), deployed_bytes(spec, layer)
+        saving = 1 - after / before
+        if self.min_saving > 0 and saving < self.min_saving:
+            return Skip(name, f"would take {after:,} bytes instead of {before:,} ({saving:.0%} saved)")
+        return LayerPlan(name, spec, plan.scratch)
+
+
+class _Selection:
+    """`include` and `exclude` of a method on one model: a layer's name to the reason why it is left out, or None.
+
+    A pattern that matches a module speaks for everything inside it.
+    """
+
+    def __init__(self, method: CompressionMethod, model: nn.Module) -> None:
+        self.include, self.exclude = method.include, method.exclude or []
+        names = [name for name, _ in model.named_modules() if name]
+        for option, patterns in (("include", self.include or []), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise ModelError(f"The {option} pattern {pattern!r} matches no layer. {known(pattern, names)}")
+
+    def __call__(self, name: str) -> str | None:
+        parts = name.split(".")
+        lineage = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+        if pattern := next((p for p in self.exclude if any(fnmatchcase(n, p) for n in lineage)), None):
+            return f"excluded by {pattern!r}"
+        if self.include is not None and not any(fnmatchcase(n, p) for n in lineage for p in self.include):
+            return "not in include"
+        return None
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold each parameter, by its id."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def relative_error(before: Tensor, after: Tensor) -> float:
+    """||W - W'|| / ||W|| in the Frobenius norm; 0 for a zero weight, NaN on "meta"."""
+    if before.is_meta:
+        return float("nan")
+    norm = torch.linalg.vector_norm(before, dtype=torch.float32)
+    return float(torch.linalg.vector_norm(before - after, dtype=torch.float32) / norm.clamp_min(1e-30))

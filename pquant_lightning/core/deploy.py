@@ -1,0 +1,133 @@
+"""From the training form to the deployed form and back: copies that share tensors, finalized layers, dense twins."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+
+from pquant_lightning.core._private import MODULE_TABLE, TENSOR_TABLES, shallow_copy
+from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers
+from pquant_lightning.core.layer_adapter import build_layer
+from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.core.surgery import materialize, replace_layer
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def deploy(model: nn.Module) -> None:
+    """Gives every compressed layer its deployed form, in place: first what spans layers, then layer by layer."""
+    finalize_across_layers(model)
+    for name, final in iter_deployed(model):
+        replace_layer(model, name, final)
+
+
+def finalize_across_layers(model: nn.Module) -> None:
+    """Lets each registered method deploy what spans several layers, in the order of the stages."""
+    methods = {id(m): m for m in map(CompressionMethodRegistry.get_class, CompressionMethodRegistry.list_available())}
+    for method in sorted((m for m in methods.values() if hasattr(m, "stage")), key=lambda m: m.stage):
+        method.finalize(model)
+
+
+def dense_form(model: nn.Module) -> nn.Module:
+    """The uncompressed structure on "meta": every outermost compressed layer as the ordinary layer it stands for."""
+    dense = share_copy(model, "meta")
+    for name, layer in compressed_layers(dense, outermost=True).items():
+        ordinary = build_layer(layer.spec["layer"], device="meta")
+        materialize(ordinary, layer)
+        replace_layer(dense, name, ordinary)
+    return dense
+
+
+def deployed_form(model: nn.Module) -> nn.Module:
+    """The deployed structure on "meta": the shapes and bytes of `finalize` without its work."""
+    deployed = share_copy(model, "meta")
+    deploy(deployed)
+    return deployed
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and buffers that a state dict stores, each tensor once; specs are not counted."""
+    state = module.state_dict(keep_vars=True)
+    tensors = {id(t): t for key, t in state.items() if isinstance(t, Tensor) and not key.endswith("_extra_state")}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def deployed_bytes(spec: dict[str, Any], layer: nn.Module) -> int:
+    """Stored bytes that the layer would take in deployed form, were it replaced as the spec says."""
+    return stored_bytes(_finalize_nested(CompressedLayer.build(spec, share_copy(layer, "meta"))))
+
+
+def iter_deployed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost compressed layers and their deployed forms, one at a time; the model is not changed by this.
+
+    What derives from one shared weight (`derived_tensors`) is one tensor again, and the spec says so (`tied_to`).
+    """
+    layers = compressed_layers(model, outermost=True)
+    weights = {name: weight for name, layer in layers.items() if (weight := _own_weight(layer)) is not None}
+    uses = Counter(map(id, weights.values()))
+    owners: dict[int, tuple[str, CompressedLayer]] = {}
+    for name, layer in layers.items():
+        final = _finalize_nested(layer)
+        key = id(weights.get(name))
+        if uses[key] > 1 and isinstance(final, CompressedLayer):
+            owner_name, owner = owners.setdefault(key, (name, final))
+            if owner is not final:
+                _share_derived(final, owner_name, owner)
+        yield name, final
+
+
+def _own_weight(layer: nn.Module) -> nn.Parameter | None:
+    return next((p for name, p in layer.named_parameters(recurse=False) if name == "weight"), None)
+
+
+def _finalize_nested(layer: CompressedLayer) -> nn.Module:
+    """Innermost first, on a shell that shares the layer's tensors, so that the layer itself stays as it is."""
+    inner = [name for name in compressed_layers(layer) if name]
+    shell = share_copy(layer) if inner else layer
+    for name in sorted(inner, key=lambda name: -name.count(".")):
+        child = shell.get_submodule(name)
+        assert isinstance(child, CompressedLayer)
+        replace_layer(shell, name, child.finalized())
+    return shell.finalized()
+
+
+def _share_derived(final: CompressedLayer, owner_name: str, owner: CompressedLayer) -> None:
+    tied = {}
+    for tensor_name in final.derived_tensors:
+        mine, other = getattr(final, tensor_name), getattr(owner, tensor_name, None)
+        if isinstance(other, Tensor) and other.shape == mine.shape and final.spec.get("bits") == owner.spec.get("bits"):
+            setattr(final, tensor_name, other)
+            tied[tensor_name] = f"{owner_name}.{tensor_name}"
+    if tied:
+        final.spec = {**final.spec, "tied_to": tied}
+
+
+def share_copy(model: Model, device: str | None = None) -> Model:
+    """A copy of the module tree that shares everything else: tensors (or their twins on `device`), attributes, hooks.
+
+    It costs no memory and copies no user's attribute, and its layers can be replaced without touching the model.
+    """
+    modules: dict[int, nn.Module] = {}
+    tensors: dict[int, Tensor] = {}
+
+    def twin_of(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or device is None:
+            return tensor
+        if id(tensor) not in tensors:
+            moved = tensor.detach().to(device)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            tensors[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
+        return tensors[id(tensor)]
+
+    def clone(module: nn.Module) -> nn.Module:
+        if id(module) not in modules:
+            modules[id(module)] = twin = shallow_copy(module)
+            for table in TENSOR_TABLES:
+                twin.__dict__[table] = {name: twin_of(t) for name, t in module.__dict__[table].items()}
+            twin.__dict__[MODULE_TABLE] = {
+                name: child if child is None else clone(child) for name, child in module.__dict__[MODULE_TABLE].items()
+            }
+        return modules[id(module)]
+
+    return cast(Model, clone(model))

@@ -1,0 +1,39 @@
+"""The errors a user meets, and the one way to say "unknown name, did you mean ...?"."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PQuantError(ValueError):
+    """Base of every error this package raises on purpose. The message says what was given, the rule, the remedy."""
+
+
+class OptionError(PQuantError):
+    """An option has a wrong name, type or value."""
+
+
+class ModelError(PQuantError):
+    """The model cannot be compressed as asked (no layer matched, NaN weights, lazy layers, nothing to train)."""
+
+
+class CheckpointError(PQuantError):
+    """A file is damaged, foreign, hostile, or does not fit the model or the callbacks."""
+
+
+class CallbackOrderError(PQuantError):
+    """The callbacks stand in an order in which they would undo or miss each other's work."""
+
+
+def known(name: object, names: Iterable[str]) -> str:
+    """The tail of an "unknown name" message: the nearest name, then all known ones, nearest first.
+
+    >>> known("rnk", ["energy", "rank"])
+    "Did you mean 'rank'? Known: 'rank', 'energy'."
+    """
+    names = sorted(names)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    if not names:
+        return "There are none."
+    ordered = [*near, *(n for n in names if n not in near)]
+    shown = ", ".join(map(repr, ordered[:12])) + (f", ... ({len(ordered)} in all)" if len(ordered) > 12 else "")
+    return f"Did you mean {near[0]!r}? Known: {shown}." if near else f"Known: {shown}."

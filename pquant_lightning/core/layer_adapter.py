@@ -1,0 +1,156 @@
+"""Layer types: what can be compressed, how a layer's structure is described, and how users add their own types.
+
+Every method works on ordinary torch layers (`SUPPORTED`). A user's own layer type joins by one function that gives an
+equivalent ordinary layer: `register_adapter(MyDense, to_linear)`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from pquant_lightning.core.errors import PQuantError
+from pquant_lightning.core.plan import LayerInfo
+from pquant_lightning.core.surgery import replace_layer
+
+_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_CONV_TRANSPOSE = (*_CONV[:5], "output_padding", *_CONV[5:])
+_EMBEDDING = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+
+# layer type -> constructor arguments that are attributes of the same name; `bias` is added where the type has one
+SUPPORTED: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("in_features", "out_features"),
+    nn.Conv1d: _CONV,
+    nn.Conv2d: _CONV,
+    nn.Conv3d: _CONV,
+    nn.ConvTranspose1d: _CONV_TRANSPOSE,
+    nn.ConvTranspose2d: _CONV_TRANSPOSE,
+    nn.ConvTranspose3d: _CONV_TRANSPOSE,
+    nn.Embedding: _EMBEDDING,
+}
+_BY_NAME = {cls.__name__: cls for cls in SUPPORTED}
+_ADAPTERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
+
+
+def register_adapter(layer_type: type[nn.Module], to_torch: Callable[[Any], nn.Module] | None = None) -> Any:
+    """Teaches every method a new layer type, as a plain call or as a decorator.
+
+    Args:
+        layer_type: the exact type (subclasses are not matched: their `forward` may differ).
+        to_torch: gives an equivalent ordinary layer (Linear, Conv, ConvTranspose, Embedding); it may share the
+            `Parameter`s of the layer.
+
+    Raises:
+        PQuantError: `layer_type` is no module class.
+
+    >>> import torch
+    >>> class Dense(nn.Module):  # keeps its weight as (in, out)
+    ...     def __init__(self, n_in, n_out):
+    ...         super().__init__()
+    ...         self.kernel = nn.Parameter(torch.randn(n_in, n_out))
+    ...     def forward(self, x):
+    ...         return x @ self.kernel
+    >>> @register_adapter(Dense)
+    ... def dense_to_linear(layer):
+    ...     linear = nn.Linear(*layer.kernel.shape, bias=False)
+    ...     linear.weight = nn.Parameter(layer.kernel.detach().T.contiguous())
+    ...     return linear
+    >>> LayerAdapter().get_layer_info(Dense(3, 5))["shape"]
+    (5, 3)
+    """
+    if to_torch is None:
+        return partial(register_adapter, layer_type)
+    if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
+        raise PQuantError(f"register_adapter takes a torch.nn.Module class, got {layer_type!r}.")
+    _ADAPTERS[layer_type] = to_torch
+    return to_torch
+
+
+def as_torch(layer: nn.Module) -> nn.Module | None:
+    """The layer itself if it is an ordinary one, its adapter's equivalent, or None for an unknown type."""
+    if type(layer) in SUPPORTED:
+        return layer
+    adapter = _ADAPTERS.get(type(layer))
+    if adapter is None:
+        return None
+    equivalent = adapter(layer)
+    if type(equivalent) not in SUPPORTED:
+        raise PQuantError(
+            f"The adapter of {type(layer).__name__} gave a {type(equivalent).__name__}; it must give one of "
+            f"{', '.join(_BY_NAME)}."
+        )
+    return equivalent
+
+
+def layer_info(layer: nn.Module) -> LayerInfo:
+    """Describes an ordinary layer (`as_torch`)."""
+    config = {name: getattr(layer, name) for name in SUPPORTED[type(layer)]}
+    if not isinstance(layer, nn.Embedding):
+        config["bias"] = layer.bias is not None
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return LayerInfo(type(layer).__name__, tuple(weight.shape), config)
+
+
+def layer_spec(layer: nn.Module) -> dict[str, Any]:
+    """The structure of an ordinary layer as JSON-able data; `build_layer` reads it."""
+    info = layer_info(layer)
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in info.config.items()}
+    return {"type": info.type, **config}
+
+
+def build_layer(spec: dict[str, Any], **overrides: Any) -> nn.Module:
+    """Makes the layer that `layer_spec` described, with some arguments changed; weights are torch's initial ones."""
+    config = {**spec, **overrides}
+    layer_type = _BY_NAME[config.pop("type")]
+    return layer_type(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})
+
+
+def why_unsupported(layer: nn.Module) -> str | None:
+    """Why a module that holds a matrix cannot be compressed; None for containers, norms and other small things."""
+    if is_parametrized(layer):
+        return "its weight is computed by a parametrization: remove_parametrizations first"
+    own = [parameter for _, parameter in layer.named_parameters(recurse=False)]
+    if any(is_lazy(parameter) for parameter in own):
+        return "is a lazy layer that is not built yet: run one batch through the model first"
+    if all(parameter.dim() < 2 for parameter in own):
+        return None
+    return f"no adapter for the type {type(layer).__name__} (register_adapter adds one)"
+
+
+class LayerAdapter:
+    """Detects, describes and replaces layers (the specification's three methods).
+
+    Args:
+        backend: accepted as in the specification; layers are torch modules on every backend.
+
+    >>> adapter = LayerAdapter()
+    >>> adapter.is_compressible(nn.ReLU()), adapter.get_layer_info(nn.Linear(4, 2))["type"]
+    (False, 'linear')
+    """
+
+    def __init__(self, backend: object = None) -> None:
+        self.backend = backend
+
+    def is_compressible(self, layer: nn.Module) -> bool:
+        """Whether the layer is of a supported or registered type."""
+        return type(layer) in SUPPORTED or type(layer) in _ADAPTERS
+
+    def get_layer_info(self, layer: nn.Module) -> dict[str, Any] | None:
+        """Type (lower case), constructor arguments and weight shape; None for other layers."""
+        ordinary = as_torch(layer)
+        if ordinary is None:
+            return None
+        info = layer_info(ordinary)
+        return {"type": info.type.lower(), **info.config, "shape": info.shape}
+
+    def replace_layer(self, model: nn.Module, old_layer_name: str, new_layer: nn.Module) -> None:
+        """Puts `new_layer` in place of the named one, everywhere that layer is used.
+
+        Raises:
+            PQuantError: no layer has that name, or it is the model itself.
+        """
+        replace_layer(model, old_layer_name, new_layer)

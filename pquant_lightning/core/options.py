@@ -1,0 +1,86 @@
+"""Checks of option values against their annotations; the messages name the option, the value and the rule."""
+
+import types
+import typing
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pquant_lightning.core.errors import OptionError, known
+
+
+@cache
+def _hints(owner: type) -> dict[str, Any]:
+    return typing.get_type_hints(owner)
+
+
+def check_type(owner: type, name: str, value: object) -> None:
+    """Compares an option's value with its annotation on the class `owner`.
+
+    Raises:
+        OptionError: the value is not of the annotated type (an int is a float, a bool is neither).
+    """
+    hint = _hints(owner)[name]
+    if _matches(value, hint):
+        return
+    choices = [choice for part in _parts(hint) if get_origin(part) is Literal for choice in get_args(part)]
+    if choices and isinstance(value, str):
+        raise OptionError(f"{owner.__name__} has no {name} {value!r}. {known(value, map(str, choices))}")
+    shown = " or ".join(_readable(part) for part in _parts(hint))
+    raise OptionError(f"{owner.__name__} takes {shown} for {name}, got {value!r} ({type(value).__name__}).")
+
+
+def one_of(owner: type, default: dict[str, Any], **given: Any) -> tuple[str, Any]:
+    """The one member of an either/or group that was given, or the documented default where none was.
+
+    Raises:
+        OptionError: two or more were given.
+    """
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(named) > 1:
+        shown = ", ".join(f"{name}={value!r}" for name, value in named.items())
+        raise OptionError(f"{owner.__name__} takes one of {', '.join(given)}; got {shown}. Remove all but one.")
+    return next(iter((named or default).items()))
+
+
+def check_range(owner: type, name: str, value: float | None, low: float, high: float, meaning: str) -> None:
+    """Checks low <= value <= high; None passes.
+
+    Raises:
+        OptionError: the value is outside.
+    """
+    if value is not None and not low <= value <= high:
+        raise OptionError(f"{owner.__name__}: {name} is {meaning}, between {low:g} and {high:g}, got {value!r}.")
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _matches(value: object, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_matches(value, part) for part in get_args(hint))
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
+    if origin is list:
+        return isinstance(value, list) and all(_matches(item, get_args(hint)[0]) for item in value)
+    if origin is dict:
+        key, item = get_args(hint)
+        return isinstance(value, dict) and all(_matches(k, key) and _matches(v, item) for k, v in value.items())
+    if hint in (None, type(None)):
+        return value is None
+    if hint is Any:
+        return True
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _readable(hint: Any) -> str:
+    if hint in (None, type(None)):
+        return "None"
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else str(hint)

@@ -1,0 +1,200 @@
+"""What compression did, in numbers: parameters, stored bytes, multiply-accumulates and error, layer by layer."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers
+from pquant_lightning.core.deploy import dense_form, deployed_form, share_copy, stored_bytes
+from pquant_lightning.core.plan import Skip
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One compressed layer before and after.
+
+    Attributes:
+        name: dotted module name.
+        method: the kinds it is made of, outer before inner, with their parameters.
+        params: numbers of parameters (integer weights count as parameters).
+        size_bytes: stored bytes, the deployed form after.
+        macs: multiply-accumulates of one forward pass of the example; None where there was none.
+        error: relative weight error ||W - W'|| / ||W||; None where the original is not known.
+    """
+
+    name: str
+    method: str
+    params: tuple[int, int]
+    size_bytes: tuple[int, int]
+    macs: tuple[int, int] | None
+    error: float | None
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """The whole model before and after; prints as one table.
+
+    Attributes:
+        layers: the compressed layers.
+        skipped: the layers left alone, with the reason.
+        params: parameters of the whole model before and after.
+        size_bytes: stored bytes of the whole model before and after (deployed form, without the file's header).
+        macs: multiply-accumulates of one forward pass of the example; None where there was none.
+    """
+
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[Skip, ...]
+    params: tuple[int, int]
+    size_bytes: tuple[int, int]
+    macs: tuple[int, int] | None
+
+    @property
+    def compression_ratio(self) -> float:
+        """Parameters before / parameters after."""
+        return self.params[0] / max(self.params[1], 1)
+
+    @property
+    def size_ratio(self) -> float:
+        """Stored bytes after / stored bytes before."""
+        return self.size_bytes[1] / max(self.size_bytes[0], 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON-able data."""
+        return {**asdict(self), "compression_ratio": self.compression_ratio, "size_ratio": self.size_ratio}
+
+    def __str__(self) -> str:
+        table = Table(title="Compression", title_justify="left", caption_justify="left")
+        for heading in ("Layer", "Method"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("Parameters", "Bytes", "MACs", "Error"):
+            table.add_column(heading, justify="right")
+        for layer in self.layers:
+            error = "" if layer.error is None else f"{layer.error:.2%}"
+            table.add_row(layer.name, layer.method, *map(_change, (layer.params, layer.size_bytes, layer.macs)), error)
+        table.add_section()
+        table.add_row(
+            "whole model",
+            f"{self.size_ratio:.1%} of the bytes",
+            *map(_change, (self.params, self.size_bytes, self.macs)),
+        )
+        console = Console(file=io.StringIO(), width=120, color_system=None)
+        console.print(table)
+        for skip in self.skipped:
+            console.print(
+                f"left alone by {skip.by}: {skip.name}: {skip.reason}", highlight=False, markup=False, soft_wrap=True
+            )
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip()
+
+
+def _change(pair: tuple[int, int] | None) -> str:
+    return "" if pair is None else f"{pair[0]:,} → {pair[1]:,}"
+
+
+def count_params(module: nn.Module) -> int:
+    """Numbers the model learns or derives its weights from: parameters and integer weights, each tensor once."""
+    tensors: list[Tensor] = list(module.parameters())
+    for layer in compressed_layers(module).values():
+        tensors += [b for name, b in layer.named_buffers(recurse=False) if name in layer.parameter_buffers]
+    return sum(t.numel() for t in {id(t): t for t in tensors}.values())
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int] | None:
+    """Multiply-accumulates of one forward pass by module name ("" = all), counted on "meta" without computing.
+
+    Args:
+        model: any module.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Returns:
+        None where the forward cannot run on "meta" tensors (it looks at values).
+    """
+    meta = share_copy(model, "meta").eval()
+    args, kwargs = as_call(example_inputs)
+    args, kwargs = _to_meta(args), _to_meta(kwargs)
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            meta(*args, **kwargs)
+    except (RuntimeError, NotImplementedError):
+        return None
+    root = type(meta).__name__
+    by_module = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    return {"": by_module.get("Global", 0)} | {n.removeprefix(f"{root}."): macs for n, macs in by_module.items()}
+
+
+def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments of `forward`."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs), {}) if isinstance(example_inputs, tuple | list) else ((example_inputs,), {})
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, Mapping):
+        return {key: _to_meta(item) for key, item in value.items()}
+    return type(value)(map(_to_meta, value)) if isinstance(value, tuple | list) else value
+
+
+def make_report(
+    model: nn.Module,
+    *,
+    original: nn.Module | None = None,
+    example_inputs: Any = None,
+    errors: Mapping[str, float] | None = None,
+    skipped: Sequence[Skip] = (),
+) -> CompressionReport:
+    """Reports a compressed model; what stood there before is read from its specs, or from `original`.
+
+    Args:
+        model: training form or deployed form; bytes and MACs are always those of the deployed form.
+        original: the uncompressed model, for its own size and exact errors.
+        example_inputs: what `forward` takes, for MACs.
+        errors: relative weight errors by layer name, where they are known.
+        skipped: layers left alone.
+    """
+    before = dense_form(model) if original is None else original
+    after = deployed_form(model)
+    macs_before = None if example_inputs is None else count_macs(before, example_inputs)
+    macs_after = None if example_inputs is None else count_macs(after, example_inputs)
+    counted = macs_before is not None and macs_after is not None
+
+    def macs(name: str) -> tuple[int, int] | None:
+        return (macs_before.get(name, 0), macs_after.get(name, 0)) if counted else None  # type: ignore[union-attr]
+
+    layers = []
+    for name, layer in compressed_layers(model, outermost=True).items():
+        old, new = before.get_submodule(name), after.get_submodule(name)
+        error = (errors or {}).get(name)
+        if original is not None:
+            error = weight_error(old, layer)
+        params = (count_params(old), count_params(new))
+        layers.append(
+            LayerReport(name, _described(layer), params, (stored_bytes(old), stored_bytes(new)), macs(name), error)
+        )
+    totals = (count_params(before), count_params(after)), (stored_bytes(before), stored_bytes(after))
+    return CompressionReport(tuple(layers), tuple(skipped), *totals, macs(""))
+
+
+def weight_error(old: nn.Module, new: CompressedLayer) -> float | None:
+    """Relative Frobenius error of the weight that `new` stands for; None where the shapes differ."""
+    from pquant_lightning.core.compression_method import relative_error
+
+    weight = getattr(old, "weight", None)
+    with torch.no_grad():
+        dense = new.dense_weight()
+        return relative_error(weight, dense) if isinstance(weight, Tensor) and weight.shape == dense.shape else None
+
+
+def _described(layer: CompressedLayer) -> str:
+    inner = dict.fromkeys(child.described() for name, child in compressed_layers(layer).items() if name)
+    return " + ".join([layer.described(), *inner])

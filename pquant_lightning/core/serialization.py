@@ -1,0 +1,226 @@
+"""Artefacts: the deployed model as one safetensors file, streamed layer by layer, each shared tensor once."""
+
+import contextlib
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as distributed_load
+
+from pquant_lightning.core.compressed_layer import read_specs
+from pquant_lightning.core.deploy import deployed_form, finalize_across_layers, iter_deployed, share_copy
+from pquant_lightning.core.errors import CheckpointError
+
+FORMAT_VERSION = 1
+ARTIFACT_NAME = "model.safetensors"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def artifact_metadata(model: nn.Module) -> dict[str, str]:
+    """The class name and, where they are JSON, a LightningModule's hyperparameters, which make the model again."""
+    metadata = {"class": type(model).__qualname__}
+    with contextlib.suppress(TypeError, ValueError):
+        metadata["hparams"] = json.dumps(dict(getattr(model, "hparams", {})))
+    return metadata
+
+
+def write_artifact(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> int:
+    """Writes the deployed form of a model and returns the bytes of the file; the model is not changed.
+
+    Layers are finalized one at a time, so that the memory needed is the model plus one layer. The file appears under
+    its name when it is complete.
+
+    Args:
+        model: training form or deployed form.
+        path: a `.safetensors` file.
+        metadata: text entries for the file's header.
+
+    Raises:
+        CheckpointError: a module's extra state or a tensor's type cannot be stored.
+    """
+    header, offsets = _layout(deployed_form(model), metadata or {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _atomic(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        start = file.tell()
+        for name, tensor in _deployed_tensors(model):
+            if name in offsets:
+                file.seek(start + offsets[name])
+                file.write(_raw(tensor))
+    return path.stat().st_size
+
+
+def artifact_bytes(model: nn.Module, metadata: dict[str, str] | None = None) -> int:
+    """Bytes of the file that `write_artifact` would write, without computing any weight."""
+    deployed = deployed_form(model)
+    header, _ = _layout(deployed, metadata or {})
+    return 8 + len(header) + sum(_size(t) for _, t in _entries(deployed)[0])
+
+
+def _entries(deployed: nn.Module) -> tuple[list[tuple[str, Tensor]], dict[str, str]]:
+    """Stored tensors by name, aligned (wide types first), and the other names of shared ones."""
+    first_names: dict[int, str] = {}
+    tensors, aliases = [], {}
+    for name, tensor in deployed.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
+            kind = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise CheckpointError(
+                f"{name!r} is of type {kind}, which a safetensors file cannot hold. Save with the ending .pt, or keep "
+                "such state out of the state dict."
+            )
+        if (owner := first_names.setdefault(id(tensor), name)) != name:
+            aliases[name] = owner
+        else:
+            tensors.append((name, tensor))
+    tensors.sort(key=lambda item: (-item[1].element_size(), item[0]))
+    return tensors, aliases
+
+
+def _layout(deployed: nn.Module, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+    tensors, aliases = _entries(deployed)
+    stored = {"format": "pquant_lightning", "version": str(FORMAT_VERSION), "aliases": json.dumps(aliases), **metadata}
+    header: dict[str, Any] = {"__metadata__": stored}
+    offsets, position = {}, 0
+    for name, tensor in tensors:
+        end = position + _size(tensor)
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        offsets[name], position = position, end
+    text = json.dumps(header).encode()
+    return text + b" " * (-len(text) % 8), offsets
+
+
+def _deployed_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    shell = share_copy(model)
+    finalize_across_layers(shell)
+    done = []
+    for name, final in iter_deployed(shell):
+        done.append(f"{name}." if name else "")
+        for key, tensor in final.state_dict().items():
+            yield done[-1] + key, tensor
+    for key, tensor in shell.state_dict().items():
+        if not any(key.startswith(prefix) for prefix in done):
+            yield key, tensor
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+@contextlib.contextmanager
+def _atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when the block has ended well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_state_dict(model: nn.Module, path: Path) -> int:
+    """Writes the deployed form's state dict with `torch.save`; returns the bytes of the file."""
+    shell = share_copy(model)
+    finalize_across_layers(shell)
+    state = dict(_deployed_tensors(shell))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _atomic(path) as file:
+        torch.save(state, file)
+    return path.stat().st_size
+
+
+def read_artifact(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict (shared tensors under all their names) and the metadata of a `.safetensors` file.
+
+    Raises:
+        CheckpointError: it is truncated, damaged, or of a newer version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        aliases = json.loads(metadata.get("aliases", "{}"))
+        state.update({name: state[owner] for name, owner in aliases.items()})
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no file {path}.") from error
+    except (SafetensorError, ValueError, KeyError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file: {error}.") from error
+    if int(metadata.get("version", FORMAT_VERSION)) > FORMAT_VERSION:
+        raise CheckpointError(f"{path} has version {metadata['version']}; this release reads up to {FORMAT_VERSION}.")
+    return state, metadata
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A file written by `torch.save`, memory-mapped, tensors and plain data only: no code is run from it.
+
+    Raises:
+        CheckpointError: it is missing, truncated, or holds anything but tensors and plain data.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no file {path}.") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds objects other than tensors and plain data; it was not read, because loading them can run "
+            f"code from the file. ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or no checkpoint: {str(error).splitlines()[0]}.") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint or state dict.")
+    return checkpoint
+
+
+def read_sharded_specs(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """The plain data, the specs and the tensors' shapes ("meta") of a sharded checkpoint directory.
+
+    Raises:
+        CheckpointError: the directory is no sharded checkpoint of Lightning.
+    """
+    if not (path / "meta.pt").exists():
+        raise CheckpointError(f"{path} is a directory, but no sharded checkpoint (it has no meta.pt).")
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    shapes, wanted = {}, {}
+    for key, entry in entries.items():
+        name = key.removeprefix("state_dict.")
+        if isinstance(entry, TensorStorageMetadata) and name != key:
+            shapes[name] = torch.empty(entry.size, device="meta", dtype=entry.properties.dtype)
+            if name.endswith("._extra_state"):
+                wanted[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    distributed_load(wanted, checkpoint_id=path, no_dist=True)
+    specs = read_specs({key.removeprefix("state_dict."): tensor for key, tensor in wanted.items()})
+    return read_checkpoint(path / "meta.pt"), specs, shapes
+
+
+def share_equal_storage(model: nn.Module) -> None:
+    """Parameters that view the same memory become one `Parameter` again, after a load that assigned them by name."""
+    owners: dict[tuple[int, torch.Size, tuple[int, ...]], nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.numel() > 0:
+                key = (parameter.data_ptr(), parameter.shape, parameter.stride())
+                setattr(module, name, owners.setdefault(key, parameter))
