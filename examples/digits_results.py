@@ -11,6 +11,7 @@ is the file. Accuracies are means over the seeds.
 
 import argparse
 import copy
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--validate", action="store_true", help="score a validation split instead of the test images")
     options = parser.parse_args()
+    logging.getLogger("pquant_lightning").setLevel(logging.WARNING)  # no table per fit
     methods = [method for method in METHODS if method in options.only]
     val_share = 0.2 if options.validate else 0.0
 

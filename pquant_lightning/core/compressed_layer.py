@@ -111,7 +111,8 @@ class CompressedLayer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The spec as a uint8 tensor of JSON text, shape `(bytes,)`."""
-        return torch.tensor(list(json.dumps(self.spec, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
+        text = json.dumps(self.spec, sort_keys=True, separators=(",", ":"))
+        return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing to do: the pre-hook has rebuilt the layer from this state before any weight is loaded."""
@@ -256,6 +257,7 @@ def _build_checked(
     try:
         with torch.device("meta"):
             structure = CompressedLayer.kinds[kind].from_spec(spec, as_torch(existing) or existing)
+        structure.spec = spec
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"The spec of layer {name!r} in the checkpoint is damaged: {error!r}.") from error
     for key, tensor in structure.state_dict(keep_vars=True).items():

@@ -333,4 +333,4 @@ def relative_error(before: Tensor, after: Tensor) -> float:
     if before.is_meta:
         return float("nan")
     norm = torch.linalg.vector_norm(before, dtype=torch.float32)
-    return float(torch.linalg.vector_norm(before - after, dtype=torch.float32) / norm.clamp_min(1e-30))
+    return float(torch.dist(before.float(), after.float()) / norm.clamp_min(1e-30))

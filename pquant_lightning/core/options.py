@@ -42,14 +42,25 @@ def one_of(owner: type, default: dict[str, Any], **given: Any) -> tuple[str, Any
     return next(iter((named or default).items()))
 
 
-def check_range(owner: type, name: str, value: float | None, low: float, high: float, meaning: str) -> None:
-    """Checks low <= value <= high; None passes.
+def check_count(owner: type, name: str, value: int, low: int, high: int | None = None) -> None:
+    """Checks that a count lies in low..high.
 
     Raises:
-        OptionError: the value is outside.
+        OptionError: it does not.
     """
-    if value is not None and not low <= value <= high:
-        raise OptionError(f"{owner.__name__}: {name} is {meaning}, between {low:g} and {high:g}, got {value!r}.")
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise OptionError(f"{owner.__name__}: {name} is a count, {bounds}, got {value!r}.")
+
+
+def check_share(owner: type, name: str, value: float) -> None:
+    """Checks that a share that is kept lies in (0, 1].
+
+    Raises:
+        OptionError: it does not.
+    """
+    if not 0 < value <= 1:
+        raise OptionError(f"{owner.__name__}: {name} is a share that is kept, in (0, 1], got {value!r}.")
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:

@@ -11,8 +11,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers
+from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers, weight_of
+from pquant_lightning.core.compression_method import relative_error
 from pquant_lightning.core.deploy import dense_form, deployed_form, share_copy, stored_bytes
+from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import Skip
 
 
@@ -186,13 +188,13 @@ def make_report(
 
 
 def weight_error(old: nn.Module, new: CompressedLayer) -> float | None:
-    """Relative Frobenius error of the weight that `new` stands for; None where the shapes differ."""
-    from pquant_lightning.core.compression_method import relative_error
-
-    weight = getattr(old, "weight", None)
+    """Relative Frobenius error of the weight that `new` stands for; None where the layers do not correspond."""
+    ordinary = as_torch(old)
+    if ordinary is None:
+        return None
     with torch.no_grad():
-        dense = new.dense_weight()
-        return relative_error(weight, dense) if isinstance(weight, Tensor) and weight.shape == dense.shape else None
+        before, after = weight_of(ordinary), weight_of(new)
+        return relative_error(before, after) if before.shape == after.shape else None
 
 
 def _described(layer: CompressedLayer) -> str:

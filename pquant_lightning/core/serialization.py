@@ -104,7 +104,7 @@ def _layout(deployed: nn.Module, metadata: dict[str, str]) -> tuple[bytes, dict[
         end = position + _size(tensor)
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
         offsets[name], position = position, end
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8), offsets
 
 

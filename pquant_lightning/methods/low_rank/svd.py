@@ -9,7 +9,7 @@ from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, weigh
 from pquant_lightning.core.compression_method import CompressionContext, LayerMethod
 from pquant_lightning.core.errors import OptionError
 from pquant_lightning.core.layer_adapter import build_layer, layer_spec
-from pquant_lightning.core.options import check_range, one_of
+from pquant_lightning.core.options import check_count, check_share, one_of
 from pquant_lightning.core.plan import Candidate, LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.methods.low_rank import _truncated_svd
@@ -238,9 +238,9 @@ class LowRankCompression(LayerMethod):
             raise OptionError("low_rank has method='svd' in this release; 'factorization' is not part of it yet.")
         name, value = self._target()
         if name == "rank":
-            check_range(type(self), "rank", value, 1, 2**31, "a count of singular values")
+            check_count(type(self), name, value, low=1)
         else:
-            check_range(type(self), name, value, 1e-9, 1, "a share that is kept")
+            check_share(type(self), name, value)
 
     def _target(self) -> tuple[str, Any]:
         return one_of(type(self), {"rank": 64}, rank=self.rank, energy=self.energy, param_ratio=self.param_ratio)
