@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.core.errors import CheckpointError, PQuantError, known
 from pquant_lightning.core.layer_adapter import as_torch
+from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.surgery import materialize, replace_layer
 
 log = logging.getLogger(__name__)
@@ -96,14 +97,12 @@ class CompressedLayer(nn.Module):
         Raises:
             PQuantError: the spec names no registered kind.
         """
-        kind = spec.get("kind")
-        if kind not in CompressedLayer.kinds:
-            raise PQuantError(f"Unknown kind of compressed layer: {kind!r}. {known(kind, CompressedLayer.kinds)}")
+        kind = find_kind(spec.get("kind"))
         ordinary = replaced if replaced is None else (as_torch(replaced) or replaced)
         if isinstance(replaced, CompressedLayer) and "group" in replaced.spec:
             spec = {"group": replaced.spec["group"], **spec}
         with torch.device("meta"):
-            layer = CompressedLayer.kinds[kind].from_spec(spec, ordinary)
+            layer = kind.from_spec(spec, ordinary)
         layer.spec = json.loads(json.dumps({"version": SPEC_VERSION, **spec}))
         layer.register_forward_pre_hook(_keep_slow_path)
         materialize(layer, ordinary)
@@ -129,6 +128,22 @@ class CompressedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return self.described()
+
+
+def find_kind(name: object) -> type[CompressedLayer]:
+    """The kind of that name; where it is unknown, installed packages that announce methods are imported first.
+
+    Raises:
+        PQuantError: no kind has that name.
+    """
+    if name not in CompressedLayer.kinds:
+        CompressionMethodRegistry.load_announced()
+    if not isinstance(name, str) or name not in CompressedLayer.kinds:
+        raise PQuantError(
+            f"unknown kind of compressed layer {name!r}. {known(name, CompressedLayer.kinds)} If it comes from another "
+            "package, import that package first."
+        )
+    return CompressedLayer.kinds[name]
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -248,15 +263,13 @@ def _build_checked(
 
     A file is not trusted: a spec with absurd sizes must not make us allocate them.
     """
-    kind = spec["kind"]
-    if kind not in CompressedLayer.kinds:
-        raise CheckpointError(
-            f"Layer {name!r} of the checkpoint is of an unknown kind {kind!r}. {known(kind, CompressedLayer.kinds)} "
-            "If it comes from another package, import that package first."
-        )
+    try:
+        kind = find_kind(spec["kind"])
+    except PQuantError as error:
+        raise CheckpointError(f"Layer {name!r} of the checkpoint: {error}") from error
     try:
         with torch.device("meta"):
-            structure = CompressedLayer.kinds[kind].from_spec(spec, as_torch(existing) or existing)
+            structure = kind.from_spec(spec, as_torch(existing) or existing)
         structure.spec = spec
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"The spec of layer {name!r} in the checkpoint is damaged: {error!r}.") from error

@@ -273,12 +273,15 @@ class LayerMethod(CompressionMethod):
     ) -> LayerPlan | Skip:
         layer = as_torch(module)
         assert layer is not None
-        weight = getattr(layer, "weight", None)
-        if not isinstance(weight, nn.Parameter):
-            return Skip(name, "its weight is computed by a hook (prune, weight_norm): make it permanent first")
+        for tensor_name in ("weight", "bias"):
+            if not isinstance(getattr(layer, tensor_name, None), nn.Parameter | None):
+                return Skip(name, f"its {tensor_name} comes from a hook (prune, weight_norm): make it permanent")
+        weight = weight_of(layer)
         if not weight.is_floating_point():
             return Skip(name, f"its weight is of type {weight.dtype}")
-        if not weight.is_meta and not torch.isfinite(weight).all():
+        if weight.is_meta:
+            raise ModelError(f'Layer {name!r} is on "meta" and has no values: load the weights, then compress.')
+        if not torch.isfinite(weight).all():
             raise ModelError(f"The weight of layer {name!r} holds NaN or infinite values; nothing was compressed.")
         shared = [other for p in module.parameters(recurse=False) for other in owners[id(p)] if other != name]
         if shared and not self.keeps_ties:
@@ -329,8 +332,6 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def relative_error(before: Tensor, after: Tensor) -> float:
-    """||W - W'|| / ||W|| in the Frobenius norm; 0 for a zero weight, NaN on "meta"."""
-    if before.is_meta:
-        return float("nan")
-    norm = torch.linalg.vector_norm(before, dtype=torch.float32)
-    return float(torch.dist(before.float(), after.float()) / norm.clamp_min(1e-30))
+    """||W - W'|| / ||W|| in the Frobenius norm; 0 for a zero weight."""
+    before, after = before.float(), after.float()
+    return float(torch.dist(before, after) / torch.linalg.vector_norm(before).clamp_min(1e-30))

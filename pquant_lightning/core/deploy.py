@@ -24,8 +24,8 @@ def deploy(model: nn.Module) -> None:
 
 def finalize_across_layers(model: nn.Module) -> None:
     """Lets each registered method deploy what spans several layers, in the order of the stages."""
-    methods = {id(m): m for m in map(CompressionMethodRegistry.get_class, CompressionMethodRegistry.list_available())}
-    for method in sorted((m for m in methods.values() if hasattr(m, "stage")), key=lambda m: m.stage):
+    staged = [method for method in CompressionMethodRegistry.loaded() if hasattr(method, "stage")]
+    for method in sorted(staged, key=lambda method: method.stage):
         method.finalize(model)
 
 

@@ -1,11 +1,12 @@
 """Methods by name: the built-in ones, the user's, and those of installed packages."""
 
+import contextlib
 from collections.abc import Callable
 from functools import cache, partial
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
-from pquant_lightning.core.errors import PQuantError, known
+from pquant_lightning.core.errors import OptionError, PQuantError, known
 
 MethodClass = TypeVar("MethodClass", bound=type[Any])
 
@@ -16,11 +17,9 @@ ENTRY_POINT_GROUP = "pquant_lightning.methods"
 
 
 @cache
-def _load_entry_points() -> None:
-    """Imports what installed packages announce under `pquant_lightning.methods` (name = registry name)."""
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        if entry.name not in CompressionMethodRegistry._methods:
-            CompressionMethodRegistry.register(entry.name, entry.load())
+def _announced() -> dict[str, EntryPoint]:
+    """What installed packages announce under `pquant_lightning.methods`, by registry name; nothing is imported."""
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
 
 
 class CompressionMethodRegistry:
@@ -62,28 +61,46 @@ class CompressionMethodRegistry:
         """Makes the method of that name with the options of a dict, of keywords, or both.
 
         Raises:
-            PQuantError: no method has that name.
+            PQuantError: no method has that name, or the options are no dict.
         """
+        if not isinstance(config, dict | None):
+            raise OptionError(f"The options of {name!r} are a dict, got {config!r}.")
         method: CompressionMethod = cls.get_class(name)({**(config or {}), **options})
         return method
 
     @classmethod
     def get_class(cls, name: str) -> type[Any]:
-        """The method class of that name.
+        """The method class of that name; an installed package that announces it is imported now.
 
         Raises:
-            PQuantError: no method has that name.
+            PQuantError: no method has that name, or its package cannot be imported.
         """
-        _load_entry_points()
+        if name not in cls._methods and name in _announced():
+            entry = _announced()[name]
+            try:
+                cls.register(name, entry.load())
+            except (ImportError, AttributeError) as error:
+                raise PQuantError(f"The method {name!r} cannot be imported from {entry.value}: {error}") from error
         if name not in cls._methods:
-            raise PQuantError(f"Unknown compression method: {name!r}. Available: {known(name, cls._methods)}")
+            raise PQuantError(f"Unknown compression method: {name!r}. Available: {known(name, cls.list_available())}")
         return cls._methods[name]
 
     @classmethod
     def list_available(cls) -> list[str]:
-        """Names of all registered methods, in the order of registration."""
-        _load_entry_points()
-        return list(cls._methods)
+        """Names of all methods: registered ones in the order of registration, then those of installed packages."""
+        return list(dict.fromkeys([*cls._methods, *_announced()]))
+
+    @classmethod
+    def load_announced(cls) -> None:
+        """Imports the methods of installed packages, which registers their kinds; broken packages are passed over."""
+        for name in _announced():
+            with contextlib.suppress(PQuantError):
+                cls.get_class(name)
+
+    @classmethod
+    def loaded(cls) -> list[type[Any]]:
+        """The method classes that are registered by now, each once."""
+        return list(dict.fromkeys(cls._methods.values()))
 
     @classmethod
     def name_of(cls, method_class: type[Any]) -> str:

@@ -5,8 +5,8 @@ finds all, one of three routes is taken, by shape and rank only; in brackets its
 (768, 768) and (768, 3072), one CPU thread, as measured by `examples/benchmarks/factorization.py`:
 
 * smaller side up to 32: `torch.linalg.svd` itself;
-* small ranks: block Lanczos (0.10 and 0.07 at rank 64). The truncation error is within 0.3 % of the optimum for Gaussian
-  matrices, whose flat spectrum is a hard one, and within 0.001 % for singular values that fall like i^-0.5;
+* small ranks: block Lanczos (0.10 and 0.07 at rank 64). The truncation error is within 0.3 % of the optimum for
+  Gaussian matrices, whose flat spectrum is a hard one, and within 0.001 % for singular values that fall like i^-0.5;
 * other ranks: eigenvectors of the Gram matrix of the smaller side (0.5 and 0.2). In float32, squaring blurs singular
   values below 3e-4 of the largest; nothing of the matrix is lost, as the other factor is projected from itself.
 """
