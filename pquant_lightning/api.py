@@ -1,7 +1,6 @@
 """The functions a user calls: compress, finalize, save, load, report."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -194,17 +193,15 @@ def load_compressed(model_or_class: Any, path: str | Path, **init_kwargs: Any) -
             f"Arguments ({', '.join(init_kwargs)}) go with a class; {type(model_or_class).__name__} is made already."
         )
     if path.suffix == ".safetensors":
-        state, metadata = read_artifact(path)
-        saved = json.loads(metadata.get("hparams", "{}"))
+        state, saved = read_artifact(path)
     else:
         checkpoint = read_checkpoint(path)
-        state, saved = checkpoint.get("state_dict", checkpoint), None
-    if is_class and saved is None and issubclass(model_or_class, pl.LightningModule) and "state_dict" in checkpoint:
-        with _hooked(model_or_class):
-            return model_or_class.load_from_checkpoint(
-                path, map_location="cpu", weights_only=True, **init_kwargs
-            ).eval()
-    model = _make(model_or_class, saved or {}, init_kwargs) if is_class else model_or_class
+        state, saved = checkpoint.get("state_dict", checkpoint), {}
+        if is_class and issubclass(model_or_class, pl.LightningModule) and "state_dict" in checkpoint:
+            with _hooked(model_or_class):
+                model = model_or_class.load_from_checkpoint(path, map_location="cpu", weights_only=True, **init_kwargs)
+            return model.eval()
+    model = _make(model_or_class, saved, init_kwargs) if is_class else model_or_class
     _load(model, state, path)
     return model.eval()
 

@@ -94,7 +94,7 @@ class ConfigManager:
                 raise OptionError(f"Unknown section {section!r} in the configuration. {known(section, _SECTIONS)}")
         compression = config["compression"]
         names = compression.get("methods") if isinstance(compression, dict) else None
-        if not isinstance(names, list) or not names:
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise OptionError(f"compression needs methods: a list of method names, got {names!r}.")
         for key in compression:
             if key != "methods" and key not in names:

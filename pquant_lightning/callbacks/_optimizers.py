@@ -22,16 +22,19 @@ def repair_optimizers(trainer: Trainer, module: nn.Module, names_before: dict[in
     """
     if not trainer.optimizers:
         return
-    alive = {id(parameter) for parameter in module.parameters()}
+    alive = {id(parameter): position for position, parameter in enumerate(module.parameters())}
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             gone = [p for p in group["params"] if id(p) not in alive]
             for parameter in gone:
                 optimizer.state.pop(parameter, None)
-            replacements = _replacements(module, [names_before.get(id(p), "") for p in gone], held)
-            group["params"] = [p for p in group["params"] if id(p) in alive] + replacements
-            held.update(map(id, replacements))
+            if gone:
+                replacements = _replacements(module, [names_before.get(id(p), "") for p in gone], held)
+                members = [p for p in group["params"] if id(p) in alive] + replacements
+                # in the order of the model, so that a resume, which knows no adopted parameters, gives the same order
+                group["params"] = sorted(members, key=lambda p: alive[id(p)])
+                held.update(map(id, replacements))
     for name, layer in compressed_layers(module, outermost=True).items():
         for own, parameter in layer.named_parameters(prefix=name):
             if parameter.requires_grad and id(parameter) not in held:

@@ -77,8 +77,13 @@ class _MethodCallback(Callback):
         prepared = is_hooked(pl_module)
         install_hook(pl_module)
         ours = _ours(trainer)
-        if self is not ours[0]:
-            return
+        if self is ours[0]:
+            self._prepare_run(trainer, pl_module, prepared)
+        copying = any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if self is ours[-1] and copying and _is_wrapped(pl_module):
+            pl_module.configure_model()  # SWA copies the model in its own setup, which comes next
+
+    def _prepare_run(self, trainer: Trainer, pl_module: LightningModule, prepared: bool) -> None:
         _check_order(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and launches_copies(trainer) and not prepared:
@@ -189,7 +194,12 @@ class _MethodCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         last = self is _ours(trainer)[-1] and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if last and self.artifact is not None and self.report is not None and trainer.is_global_zero:
-            size = _write_artifact(trainer, pl_module, self.artifact, self._scratch.gathered)
+            try:
+                size = _write_artifact(trainer, pl_module, self.artifact, self._scratch.gathered)
+            except CheckpointError as error:  # the trained model and its checkpoints must not be lost for this
+                log.error("No artefact was written: %s", error)
+                self.artifact = None
+                return
             log.info(
                 "Compressed model: %s (%s bytes, %.1f %% of the uncompressed weights). Load it with\n    %s",
                 self.artifact,
@@ -252,9 +262,14 @@ def _check_order(trainer: Trainer) -> None:
             )
 
 
-def _restore_configure_model(module: LightningModule) -> None:
+def _is_wrapped(module: LightningModule) -> bool:
     wrapper = module.__dict__.get("configure_model")
-    if isinstance(wrapper, partial) and wrapper.func is _configure_model:
+    return isinstance(wrapper, partial) and wrapper.func is _configure_model
+
+
+def _restore_configure_model(module: LightningModule) -> None:
+    if _is_wrapped(module):
+        wrapper = module.__dict__["configure_model"]
         del module.__dict__["configure_model"]
         if wrapper.args[1] is not None:
             module.__dict__["configure_model"] = wrapper.args[1]

@@ -6,7 +6,16 @@ from copy import copy
 from typing import Any
 
 # torch 2.13, torch/nn/modules/module.py: the dictionaries behind register_forward_hook and its kin
-MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+MODULE_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+FULL_BACKWARD_FLAG = "_is_full_backward_hook"
 
 # torch 2.13, torch/nn/modules/module.py: the tables of a module
 TENSOR_TABLES = ("_parameters", "_buffers")
@@ -14,8 +23,14 @@ MODULE_TABLE = "_modules"
 
 
 def shallow_copy(module: Any) -> Any:
-    """A module of the same class with a `__dict__` of its own, and without hooks that are bound to the original."""
-    twin = copy(module)
+    """A module of the same class with a `__dict__` and hook tables of its own, without load hooks bound to the original."""
+    twin = type(module).__new__(type(module))  # not copy(): parametrized modules refuse it
+    copied = (dict, list, set)  # what a forward may write into
+    twin.__dict__.update({k: copy(v) if type(v) in copied else v for k, v in module.__dict__.items()})
+    if "_trainer" in twin.__dict__:
+        twin.__dict__["_trainer"] = None
+    for table in MODULE_HOOKS:
+        twin.__dict__[table] = copy(module.__dict__[table])
     twin.__dict__["_load_state_dict_pre_hooks"] = OrderedDict()
     twin.__dict__.pop("_pquant_hooked", None)
     return twin

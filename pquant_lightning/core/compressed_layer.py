@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from pquant_lightning.core._private import MODULE_HOOKS
 from pquant_lightning.core.errors import CheckpointError, PQuantError, known
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.registry import CompressionMethodRegistry
@@ -130,6 +131,15 @@ class CompressedLayer(nn.Module):
         return self.described()
 
 
+def drop_user_hooks(twin: nn.Module) -> None:
+    """Takes the forward hooks off a copy that is run for counting only; ours stay."""
+    for module in twin.modules():
+        for table in MODULE_HOOKS:
+            hooks = module.__dict__[table]
+            for key in [key for key, hook in hooks.items() if hook is not _keep_slow_path]:
+                del hooks[key]
+
+
 def find_kind(name: object) -> type[CompressedLayer]:
     """The kind of that name; where it is unknown, installed packages that announce methods are imported first.
 
@@ -213,11 +223,18 @@ def rebuild(
             "ckpt_path, or compress_model(model, ...) after load_state_dict."
         )
     pending: dict[str, CompressedLayer] = {}  # nothing is put into the model before everything has been checked
+    owners: dict[int, str] = {}
+    aliases: list[str] = []  # further names of a layer that is used in several places
     for name, spec in specs.items():
+        if any(name.startswith(f"{alias}.") for alias in aliases):
+            continue
         outer = next((other for other in pending if name.startswith(f"{other}.")), None)
         holder, own_name = (root, name) if outer is None else (pending[outer], name[len(outer) + 1 :])
         existing = _existing(holder, own_name, name)
         if _fits(existing, name, spec, specs):
+            continue
+        if outer is None and specs[owners.setdefault(id(existing), name)] == spec and owners[id(existing)] != name:
+            aliases.append(name)
             continue
         layer = _build_checked(name, spec, existing, specs, state_dict, prefix)
         if outer is None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, dataclass_transform
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, install_hook, weight_of
 from pquant_lightning.core.deploy import deployed_bytes, stored_bytes
@@ -174,8 +175,8 @@ class CompressionMethod(ABC):
             "compression_ratio": original / max(compressed, 1),
             "original_params": original,
             "compressed_params": compressed,
-            "method": self.name,
             **self.config,
+            "method": self.name,
         }
 
 
@@ -258,6 +259,8 @@ class LayerMethod(CompressionMethod):
                 closed.append(name)
                 skipped.append(Skip(name, f"already compressed ({module.described()})"))
             elif as_torch(module) is None:
+                if is_parametrized(module):
+                    closed.append(f"{name}.parametrizations" if name else "parametrizations")
                 reason = None if isinstance(module, CompressedLayer) else why_unsupported(module)
                 if reason is not None and "lazy" in reason and chosen(name) is None:
                     raise ModelError(f"Layer {name!r} {reason}.")

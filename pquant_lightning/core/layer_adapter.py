@@ -82,6 +82,8 @@ def as_torch(layer: nn.Module) -> nn.Module | None:
             f"The adapter of {type(layer).__name__} gave a {type(equivalent).__name__}; it must give one of "
             f"{', '.join(_BY_NAME)}."
         )
+    if not any(parameter.requires_grad for parameter in layer.parameters()):
+        equivalent.requires_grad_(False)
     return equivalent
 
 

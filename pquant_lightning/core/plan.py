@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
-from pquant_lightning.core.errors import CheckpointError
+from pquant_lightning.core.errors import CheckpointError, OptionError, known
 
 PLAN_VERSION = 1
 
@@ -113,7 +113,15 @@ class CompressionPlan:
         return plan
 
     def without(self, *names: str) -> Self:
-        """The plan with these layers left alone."""
+        """The plan with these layers left alone.
+
+        Raises:
+            OptionError: the plan does not change a layer of that name.
+        """
+        planned = [layer.name for layer in self.layers]
+        for name in names:
+            if name not in planned:
+                raise OptionError(f"The plan does not change a layer {name!r}. {known(name, planned)}")
         dropped = tuple(Skip(name, "taken out of the plan") for name in names)
         kept = tuple(layer for layer in self.layers if layer.name not in names)
         return replace(self, layers=kept, skipped=self.skipped + dropped)

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers, weight_of
+from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers, drop_user_hooks, weight_of
 from pquant_lightning.core.compression_method import relative_error
 from pquant_lightning.core.deploy import dense_form, deployed_form, share_copy, stored_bytes
 from pquant_lightning.core.layer_adapter import as_torch
@@ -119,13 +119,14 @@ def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int] | None:
         None where the forward cannot run on "meta" tensors (it looks at values).
     """
     meta = share_copy(model, "meta").eval()
+    drop_user_hooks(meta)
     args, kwargs = as_call(example_inputs)
     args, kwargs = _to_meta(args), _to_meta(kwargs)
     counter = FlopCounterMode(display=False)
     try:
         with torch.no_grad(), counter:
             meta(*args, **kwargs)
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError, TypeError):
         return None
     root = type(meta).__name__
     by_module = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}

@@ -21,6 +21,7 @@ from pquant_lightning.core.errors import CheckpointError
 
 FORMAT_VERSION = 1
 ARTIFACT_NAME = "model.safetensors"
+_JSON = "pquant_json"
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -65,7 +66,7 @@ def write_artifact(model: nn.Module, path: Path, metadata: dict[str, str] | None
         for name, tensor in _deployed_tensors(model):
             if name in offsets:
                 file.seek(start + offsets[name])
-                file.write(_raw(tensor))
+                file.write(_raw(_storable(name, tensor)))
     return path.stat().st_size
 
 
@@ -80,19 +81,39 @@ def _entries(deployed: nn.Module) -> tuple[list[tuple[str, Tensor]], dict[str, s
     """Stored tensors by name, aligned (wide types first), and the other names of shared ones."""
     first_names: dict[int, str] = {}
     tensors, aliases = [], {}
-    for name, tensor in deployed.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
-            kind = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise CheckpointError(
-                f"{name!r} is of type {kind}, which a safetensors file cannot hold. Save with the ending .pt, or keep "
-                "such state out of the state dict."
-            )
+    state = {name: _storable(name, value) for name, value in deployed.state_dict(keep_vars=True).items()}
+    for name, tensor in state.items():
         if (owner := first_names.setdefault(id(tensor), name)) != name:
             aliases[name] = owner
         else:
             tensors.append((name, tensor))
     tensors.sort(key=lambda item: (-item[1].element_size(), item[0]))
     return tensors, aliases
+
+
+def _storable(name: str, value: Any) -> Tensor:
+    """A tensor as it is, a user's plain extra state as JSON text in a uint8 tensor."""
+    if isinstance(value, Tensor) and value.dtype in _DTYPES:
+        return value
+    try:
+        text = "" if isinstance(value, Tensor) else json.dumps({_JSON: value})
+        if json.loads(text) == {_JSON: value}:
+            return torch.tensor(list(text.encode()), dtype=torch.uint8)
+    except (TypeError, ValueError):
+        pass
+    kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+    raise CheckpointError(
+        f"{name!r} is of type {kind}, which a safetensors file cannot hold. Save with the ending .pt, or keep such state "
+        "out of the state dict."
+    )
+
+
+def _restored(name: str, tensor: Tensor) -> Any:
+    """Undoes `_storable`."""
+    start = f'{{"{_JSON}":'.encode()
+    if name.endswith("_extra_state") and tensor.dtype == torch.uint8 and bytes(tensor[: len(start)].tolist()) == start:
+        return json.loads(bytes(tensor.tolist()))[_JSON]
+    return tensor
 
 
 def _layout(deployed: nn.Module, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
@@ -111,11 +132,13 @@ def _layout(deployed: nn.Module, metadata: dict[str, str]) -> tuple[bytes, dict[
 def _deployed_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     shell = share_copy(model)
     finalize_across_layers(shell)
-    done = []
+    done: list[str] = []
     for name, final in iter_deployed(shell):
-        done.append(f"{name}." if name else "")
+        layer = shell.get_submodule(name)
+        uses = [f"{use}." if use else "" for use, m in shell.named_modules(remove_duplicate=False) if m is layer]
         for key, tensor in final.state_dict().items():
-            yield done[-1] + key, tensor
+            yield from ((use + key, tensor) for use in uses)
+        done += uses
     for key, tensor in shell.state_dict().items():
         if not any(key.startswith(prefix) for prefix in done):
             yield key, tensor
@@ -152,8 +175,8 @@ def write_state_dict(model: nn.Module, path: Path) -> int:
     return path.stat().st_size
 
 
-def read_artifact(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict (shared tensors under all their names) and the metadata of a `.safetensors` file.
+def read_artifact(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict (shared tensors under all their names) and the hyperparameters in a `.safetensors` file.
 
     Raises:
         CheckpointError: it is truncated, damaged, or of a newer version.
@@ -161,16 +184,18 @@ def read_artifact(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            state = {name: _restored(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
         aliases = json.loads(metadata.get("aliases", "{}"))
         state.update({name: state[owner] for name, owner in aliases.items()})
+        hparams = dict(json.loads(metadata.get("hparams", "{}")))
+        version = int(metadata.get("version", FORMAT_VERSION))
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}.") from error
-    except (SafetensorError, ValueError, KeyError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file: {error}.") from error
-    if int(metadata.get("version", FORMAT_VERSION)) > FORMAT_VERSION:
-        raise CheckpointError(f"{path} has version {metadata['version']}; this release reads up to {FORMAT_VERSION}.")
-    return state, metadata
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file of ours: {error!r}.") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path} has version {version}; this release reads up to {FORMAT_VERSION}.")
+    return state, hparams
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -186,10 +211,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds objects other than tensors and plain data; it was not read, because loading them can run "
-            f"code from the file. ({str(error).splitlines()[0]})"
+            f"code from the file. ({str(error).partition(chr(10))[0]})"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or no checkpoint: {str(error).splitlines()[0]}.") from error
+    except Exception as error:  # damaged bytes make the unpickler fail in any way
+        raise CheckpointError(f"{path} is truncated or no checkpoint: {str(error).partition(chr(10))[0]}.") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint or state dict.")
     return checkpoint

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pquant_lightning.core._private import MODULE_HOOKS
+from pquant_lightning.core._private import FULL_BACKWARD_FLAG, MODULE_HOOKS, MODULE_TABLE
 from pquant_lightning.core.errors import PQuantError, known
 
 
@@ -36,11 +36,9 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     """
     old = get_layer(model, name)
     new.train(old.training)
-    for attribute in MODULE_HOOKS:
-        for key, hook in getattr(old, attribute).items():
-            getattr(new, attribute).setdefault(key, hook)
-    for module in model.modules():
-        for child_name, child in module.named_children():
+    _take_over_hooks(old, new)
+    for module in list(model.modules()):
+        for child_name, child in list(module.__dict__[MODULE_TABLE].items()):
             if child is old:
                 setattr(module, child_name, new)
     path = name.split(".")
@@ -49,6 +47,15 @@ def replace_layer(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
         if hasattr(ancestor, "use_nested_tensor"):
             setattr(ancestor, "use_nested_tensor", False)  # noqa: B010 (typed as a submodule otherwise)
     return old
+
+
+def _take_over_hooks(old: nn.Module, new: nn.Module) -> None:
+    """The tables themselves move, so that the handles which the user holds still remove their hooks."""
+    for table in MODULE_HOOKS:
+        moved, own = old.__dict__[table], new.__dict__[table]
+        moved.update({key: hook for key, hook in own.items() if hook not in moved.values()})
+        new.__dict__[table] = moved
+    new.__dict__[FULL_BACKWARD_FLAG] = old.__dict__[FULL_BACKWARD_FLAG]
 
 
 def materialize(layer: nn.Module, replaced: nn.Module | None) -> None:

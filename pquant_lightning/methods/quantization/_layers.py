@@ -54,10 +54,13 @@ class _Quantized(CompressedLayer, stage=Stage.QUANTIZE):
 
     def observe(self, x: Tensor) -> None:
         """Moves the range towards this batch's minimum and maximum over all processes."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if x.numel() == 0 and not distributed:
+            return
         with torch.no_grad():
-            low, high = torch.aminmax(x.detach())
+            low, high = torch.aminmax(x.detach()) if x.numel() else (x.new_tensor(torch.inf), x.new_tensor(-torch.inf))
             extremes = torch.stack([-low, high]).float()
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if distributed:
                 torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
             extremes[0].neg_()
             if self._observed or self._check_observed():
@@ -219,7 +222,8 @@ class IntEmbedding(_Integer, nn.Embedding, kind="int_embedding"):
     """Embedding with int8 codes (num, dim) and a scale per row; only the rows looked up are dequantized."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.codes[x].float() * self.scale[x].unsqueeze(-1)).to(self.like.dtype)
+        rows, scales = F.embedding(x, self.codes), F.embedding(x, self.scale.unsqueeze(-1))
+        return (rows.float() * scales).to(self.like.dtype)
 
 
 TRAINING_KINDS: dict[type[nn.Module], type[_FakeQuantized]] = {
