@@ -87,7 +87,7 @@ class ConfigManager:
         Raises:
             OptionError: as `validate_config`.
         """
-        if "compression" not in config:
+        if not isinstance(config, dict) or "compression" not in config:
             raise OptionError(f"Missing required key: 'compression'. The sections are {', '.join(_SECTIONS)}.")
         for section in config:
             if section not in _SECTIONS:

@@ -79,11 +79,12 @@ def artifact_bytes(model: nn.Module, metadata: dict[str, str] | None = None) -> 
 
 def _entries(deployed: nn.Module) -> tuple[list[tuple[str, Tensor]], dict[str, str]]:
     """Stored tensors by name, aligned (wide types first), and the other names of shared ones."""
-    first_names: dict[int, str] = {}
+    first_names: dict[int | bytes, str] = {}
     tensors, aliases = [], {}
     state = {name: _storable(name, value) for name, value in deployed.state_dict(keep_vars=True).items()}
     for name, tensor in state.items():
-        if (owner := first_names.setdefault(id(tensor), name)) != name:
+        identity = bytes(tensor.tolist()) if _is_text(name, tensor) else id(tensor)
+        if (owner := first_names.setdefault(identity, name)) != name:
             aliases[name] = owner
         else:
             tensors.append((name, tensor))
@@ -103,17 +104,22 @@ def _storable(name: str, value: Any) -> Tensor:
         pass
     kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
     raise CheckpointError(
-        f"{name!r} is of type {kind}, which a safetensors file cannot hold. Save with the ending .pt, or keep such state "
-        "out of the state dict."
+        f"{name!r} is of type {kind}, which a safetensors file cannot hold. Save with the ending .pt, or keep such "
+        "state out of the state dict."
     )
 
 
 def _restored(name: str, tensor: Tensor) -> Any:
     """Undoes `_storable`."""
     start = f'{{"{_JSON}":'.encode()
-    if name.endswith("_extra_state") and tensor.dtype == torch.uint8 and bytes(tensor[: len(start)].tolist()) == start:
+    if _is_text(name, tensor) and bytes(tensor[: len(start)].tolist()) == start:
         return json.loads(bytes(tensor.tolist()))[_JSON]
     return tensor
+
+
+def _is_text(name: str, tensor: Tensor) -> bool:
+    """A spec or a user's JSON; equal ones are stored once."""
+    return name.endswith("_extra_state") and tensor.dtype == torch.uint8 and tensor.dim() == 1
 
 
 def _layout(deployed: nn.Module, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:

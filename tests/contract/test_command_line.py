@@ -129,6 +129,7 @@ def test_pquant_fits_a_stack_and_resumes(tmp_path: Path, monkeypatch: pytest.Mon
     main(["fit", f"--config={config}", f"--ckpt_path={checkpoint}", "--trainer.max_epochs=2"])
     main(["test", f"--config={config}", f"--ckpt_path={checkpoint}"])
 
+    assert load_compressed(MLP, checkpoint).hparams.width == 48
     deployed = load_compressed(MLP, tmp_path / "compressed.safetensors")
     assert deployed.hparams.width == 48
     assert specs_of(deployed)["fc1"]["kind"] == "low_rank_linear"

@@ -209,7 +209,7 @@ def test_compress_copies_and_reports(case: Case) -> None:
     assert info["compressed_params"] == sum(p.numel() for p in small.parameters())
     assert info["compression_ratio"] == info["original_params"] / info["compressed_params"]
     assert info["method"] == method.name
-    assert method.config.items() <= info.items()
+    assert {**method.config, "method": method.name}.items() <= info.items()
 
 
 @over(ROWS)

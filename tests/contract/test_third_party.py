@@ -1,4 +1,4 @@
-"""A third party's class in the specification's own shape: `__init__(self, config)`, `compress`, `get_compression_info`."""
+"""A third party's class of the specification's own shape: `__init__(config)`, `compress`, `get_compression_info`."""
 
 import copy
 from collections.abc import Iterator

@@ -37,7 +37,7 @@ class _Quantized(CompressedLayer, stage=Stage.QUANTIZE):
         config = {key: tuple(v) if isinstance(v, list) else v for key, v in spec["layer"].items() if key != "type"}
         layer = cls(**config)
         if spec["act_bits"] < 16:
-            layer.register_buffer("act_range", torch.tensor([torch.inf, -torch.inf], device="cpu"))
+            layer.register_buffer("act_range", torch.tensor([torch.inf, -torch.inf], dtype=torch.float32, device="cpu"))
         layer._observed = False
         return layer
 
@@ -132,7 +132,7 @@ class _Integer(_Quantized):
         shape, bias = layer.weight.shape, getattr(layer, "bias", None)
         del layer.weight
         layer.register_buffer("codes", torch.empty(shape, dtype=torch.int8))
-        layer.register_buffer("scale", torch.empty(shape[0]))
+        layer.register_buffer("scale", torch.empty(shape[0], dtype=torch.float32))
         layer.register_buffer("like", torch.empty(0), persistent=False)
         if bias is not None:
             del layer.bias
