@@ -24,8 +24,7 @@ MODULE_TABLE = "_modules"
 
 def shallow_copy(module: Any) -> Any:
     """A module of the same class with attributes and hook tables of its own, and no load hook bound to the original."""
-    module_class: Any = type(module)
-    twin = module_class.__new__(module_class)  # not copy(): parametrized modules refuse it
+    twin: Any = object.__new__(type(module))  # not copy(): parametrized and sharded modules refuse it
     copied = (dict, list, set)  # what a forward may write into
     twin.__dict__.update({k: copy(v) if type(v) in copied else v for k, v in module.__dict__.items()})
     if "_trainer" in twin.__dict__:

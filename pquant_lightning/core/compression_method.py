@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, install_hook, weight_of
-from pquant_lightning.core.deploy import deployed_bytes, stored_bytes
+from pquant_lightning.core.deploy import count_params, deployed_bytes, stored_bytes
 from pquant_lightning.core.errors import ModelError, OptionError, known
 from pquant_lightning.core.layer_adapter import as_torch, layer_spec, why_unsupported
 from pquant_lightning.core.options import check_type
@@ -54,7 +54,7 @@ class CompressionContext:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 @dataclass(frozen=True, kw_only=True)
-class CompressionMethod(ABC):
+class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes override neither plan nor apply)
     """Base of all methods: declare options as annotated fields, implement `plan` and `apply` (or use `LayerMethod`).
 
     Subclasses become frozen keyword-only dataclasses; `Method(rank=8)` and `Method({"rank": 8})` are the same. A class
@@ -73,7 +73,7 @@ class CompressionMethod(ABC):
     exclude: list[str] | None = None
     min_saving: float = 0.05
 
-    stage: ClassVar[Stage]
+    stage: ClassVar[Stage] = Stage.QUANTIZE  # last, unless a method says otherwise
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     trains: ClassVar[bool] = False  # the method's own form must be trained; compress_model then gives the training form
     keeps_ties: ClassVar[bool] = False  # a weight shared with another layer stays shared
@@ -85,7 +85,8 @@ class CompressionMethod(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__init__" not in cls.__dict__:
+        own = [c for c in cls.__mro__ if "__init__" in c.__dict__ and "__dataclass_params__" not in c.__dict__]
+        if not any(issubclass(c, CompressionMethod) for c in own):
             dataclass(frozen=True, kw_only=True)(cls)
             _accept_mapping(cls)
 
@@ -169,8 +170,7 @@ class CompressionMethod(ABC):
 
     def get_compression_info(self, original_model: nn.Module, compressed_model: nn.Module) -> dict[str, Any]:
         """Parameter counts, their ratio, the method's name and its options."""
-        original = sum(p.numel() for p in original_model.parameters())
-        compressed = sum(p.numel() for p in compressed_model.parameters())
+        original, compressed = count_params(original_model), count_params(compressed_model)
         return {
             "compression_ratio": original / max(compressed, 1),
             "original_params": original,

@@ -53,6 +53,14 @@ def stored_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def count_params(module: nn.Module) -> int:
+    """Numbers the model learns or derives its weights from: parameters and integer weights, each tensor once."""
+    tensors: list[Tensor] = list(module.parameters())
+    for layer in compressed_layers(module).values():
+        tensors += [b for name, b in layer.named_buffers(recurse=False) if name in layer.parameter_buffers]
+    return sum(t.numel() for t in {id(t): t for t in tensors}.values())
+
+
 def deployed_bytes(spec: dict[str, Any], layer: nn.Module) -> int:
     """Stored bytes that the layer would take in deployed form, were it replaced as the spec says."""
     return stored_bytes(_finalize_nested(CompressedLayer.build(spec, share_copy(layer, "meta"))))

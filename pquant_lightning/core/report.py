@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers, drop_user_hooks, weight_of
 from pquant_lightning.core.compression_method import relative_error
-from pquant_lightning.core.deploy import dense_form, deployed_form, share_copy, stored_bytes
+from pquant_lightning.core.deploy import count_params, dense_form, deployed_form, share_copy, stored_bytes
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import Skip
 
@@ -98,14 +98,6 @@ class CompressionReport:
 
 def _change(pair: tuple[int, int] | None) -> str:
     return "" if pair is None else f"{pair[0]:,} → {pair[1]:,}"
-
-
-def count_params(module: nn.Module) -> int:
-    """Numbers the model learns or derives its weights from: parameters and integer weights, each tensor once."""
-    tensors: list[Tensor] = list(module.parameters())
-    for layer in compressed_layers(module).values():
-        tensors += [b for name, b in layer.named_buffers(recurse=False) if name in layer.parameter_buffers]
-    return sum(t.numel() for t in {id(t): t for t in tensors}.values())
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int] | None:

@@ -40,7 +40,9 @@ def artifact_metadata(model: nn.Module) -> dict[str, str]:
     """The class name and, where they are JSON, a LightningModule's hyperparameters, which make the model again."""
     metadata = {"class": type(model).__qualname__}
     with contextlib.suppress(TypeError, ValueError):
-        metadata["hparams"] = json.dumps(dict(getattr(model, "hparams", {})))
+        hparams = dict(getattr(model, "hparams", {}))
+        # names with an underscore are LightningCLI's own notes
+        metadata["hparams"] = json.dumps({name: v for name, v in hparams.items() if not name.startswith("_")})
     return metadata
 
 

@@ -17,7 +17,11 @@ from pquant_lightning.core.compressed_layer import compressed_layers
 from tests.contract.table import TABLE, Options, specs_of
 from tests.models import MLP
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*CLI.*")
+pytestmark = [  # Lightning 2.6 on jsonargparse 4.53
+    pytest.mark.filterwarnings("ignore:(?s).*JSONARGPARSE_DEPRECATION_WARNINGS"),
+    pytest.mark.filterwarnings("ignore:(?s).*deprecated in v4.49.0"),
+    pytest.mark.filterwarnings("ignore:No seed found"),
+]
 
 ROWS = [(name, options) for name, entry in TABLE.items() for options in entry.rows]
 over_rows = pytest.mark.parametrize(("name", "options"), ROWS, ids=[f"{n}-{dict(o)}" for n, o in ROWS])

@@ -1,13 +1,21 @@
 """What a method does to a model, without a Trainer: plan, apply, values, gradients."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from pquant_lightning import CompressionMethod, CompressionMethodRegistry, CompressionPlan, compression_report
+from pquant_lightning import (
+    CompressionMethod,
+    CompressionMethodRegistry,
+    CompressionPlan,
+    QATCallback,
+    compression_report,
+    finalize,
+)
 from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext
 from tests.contract.table import (
@@ -210,6 +218,16 @@ def test_compress_copies_and_reports(case: Case) -> None:
     assert info["compression_ratio"] == info["original_params"] / info["compressed_params"]
     assert info["method"] == method.name
     assert {**method.config, "method": method.name}.items() <= info.items()
+
+
+def test_the_info_of_a_finalized_model_counts_its_integer_weights() -> None:
+    case = Case("mlp", (partial(QATCallback, bits=8),), "qat")
+    original, model = case.make_model(), compressed(case)
+    method = case.make_callbacks()[0].method
+
+    info = method.get_compression_info(original, finalize(model))
+
+    assert (info["original_params"], info["compressed_params"]) == compression_report(original, model).params
 
 
 @over(ROWS)

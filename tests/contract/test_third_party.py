@@ -13,7 +13,7 @@ from tests.contract.table import output, same_state
 from tests.models import MLP, built, fit, quiet_trainer
 
 
-class HeadRounding(CompressionMethod):
+class Rounding(CompressionMethod):
     """Rounds the weights of the Linear layers to a number of decimals."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -34,18 +34,18 @@ class HeadRounding(CompressionMethod):
 @pytest.fixture
 def name() -> Iterator[str]:
     """Registered under this name for one test."""
-    CompressionMethodRegistry.register("head_rounding", HeadRounding)
-    yield "head_rounding"
-    del CompressionMethodRegistry._methods["head_rounding"]
+    CompressionMethodRegistry.register("rounding", Rounding)
+    yield "rounding"
+    del CompressionMethodRegistry._methods["rounding"]
 
 
 def test_its_attributes_are_those_of_the_specification() -> None:
-    method = HeadRounding({"decimals": 2})
+    method = Rounding({"decimals": 2})
 
     assert method.config == {"decimals": 2}
-    assert method.name == "HeadRounding"
+    assert method.name == "Rounding"
     assert method.decimals == 2
-    assert HeadRounding({}).decimals == 1
+    assert Rounding({}).decimals == 1
 
 
 @pytest.mark.parametrize("form", ["object", "name", "config"])
@@ -54,7 +54,7 @@ def test_compress_model_runs_it(name: str, form: str) -> None:
     expected = model.fc1.weight.round(decimals=2)
 
     if form == "object":
-        small: Any = compress_model(model, HeadRounding({"decimals": 2}))
+        small: Any = compress_model(model, Rounding({"decimals": 2}))
     elif form == "name":
         small = compress_model(model, name, decimals=2)
     else:
@@ -68,7 +68,7 @@ def test_compress_model_runs_it(name: str, form: str) -> None:
 def test_its_data_reach_it() -> None:
     seen = []
 
-    class Calibrating(HeadRounding):
+    class Calibrating(Rounding):
         def compress(self, model: Any, train_loader: Any = None, val_loader: Any = None) -> Any:
             seen.extend([train_loader, val_loader])
             return super().compress(model, train_loader, val_loader)
@@ -79,17 +79,17 @@ def test_its_data_reach_it() -> None:
 
 
 def test_it_reports_itself() -> None:
-    model, method = built(MLP), HeadRounding({})
+    model, method = built(MLP), Rounding({})
 
     info = method.get_compression_info(model, method.compress(model))
 
-    assert info == {"method": "HeadRounding", "decimals": 1, "compression_ratio": 1.0}
+    assert info == {"method": "Rounding", "decimals": 1, "compression_ratio": 1.0}
 
 
 def test_the_registry_makes_it_from_a_dict(name: str) -> None:
     method = CompressionMethodRegistry.get(name, {"decimals": 3})
 
-    assert isinstance(method, HeadRounding)
+    assert isinstance(method, Rounding)
     assert method.config == {"decimals": 3}
 
 
@@ -106,8 +106,8 @@ def test_it_follows_another_method_in_a_configuration(name: str) -> None:
 def test_a_callback_explains_that_it_cannot_run_in_a_trainer(tmp_path: Path) -> None:
     model = built(MLP)
 
-    with pytest.raises(ValueError, match=r"HeadRounding.*plan.*compress_model"):
-        fit(quiet_trainer(tmp_path, [CompressionCallback(HeadRounding({}))]), model)
+    with pytest.raises(ValueError, match=r"Rounding.*plan.*compress_model"):
+        fit(quiet_trainer(tmp_path, [CompressionCallback(Rounding({}))]), model)
 
     assert same_state(model, built(MLP))
     assert "configure_model" not in model.__dict__

@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import struct
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,12 @@ def _trained():
     return model
 
 
+def _plain_stack():
+    return nn.Sequential(nn.Linear(64, 64), nn.Conv1d(64, 32, 1), nn.PReLU())
+
+
 def _stack():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Conv1d(64, 32, 1), nn.PReLU())
-    return compress_model(compress_model(model, "low_rank", rank=4), "qat")
+    return compress_model(compress_model(_plain_stack(), "low_rank", rank=4), "qat")
 
 
 MODELS = {"tied": _trained, "stack": _stack, "plain": Tied, "bfloat16": lambda: _stack().bfloat16()}
@@ -249,21 +253,32 @@ class TestDamagedFiles:
 
     @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(seed=st.integers(0, 2**32))
-    def test_damaged_bytes_are_refused_or_harmless(self, tmp_path, seed):
-        """A few bytes of the header, or of a checkpoint's structure, are overwritten: one of our errors, or none."""
+    def test_damaged_bytes_are_refused_or_harmless(self, artefact, seed):
+        """A few bytes of the header and the specs are overwritten: one of our errors, or none."""
         generator = random.Random(seed)
-        for name in ("model.safetensors", "model.pt"):
-            file = tmp_path / name
-            if not (tmp_path / f"{name}.good").exists():
-                save_compressed(_stack(), file).rename(tmp_path / f"{name}.good")
-            data = bytearray((tmp_path / f"{name}.good").read_bytes())
-            for _ in range(generator.randint(1, 3)):
-                data[generator.randrange(min(len(data), 3000))] = generator.randrange(256)
-            file.write_bytes(data)
-            try:
-                load_compressed(nn.Sequential(nn.Linear(64, 64), nn.Conv1d(64, 32, 1), nn.PReLU()), file)
-            except PQuantError as error:
-                assert str(error)  # noqa: PT017 (some damage is harmless)
+        damaged = artefact.with_name("damaged.safetensors")
+        data = bytearray(artefact.read_bytes())
+        for _ in range(generator.randint(1, 3)):
+            data[generator.randrange(min(len(data), 3000))] = generator.randrange(256)
+        damaged.write_bytes(data)
+        try:
+            load_compressed(_plain_stack(), damaged)
+        except PQuantError as error:
+            assert str(error)
+
+    @pytest.mark.parametrize(
+        "structure",
+        [b".", b"K\x01Q.", b"ccollections\nOrderedDict\nNR.", b"]K\x05a" + b"r" * 4 + b".", b"}K\x01b."],
+        ids=["empty_stack", "storage_id", "call", "memo", "state"],
+    )
+    def test_damaged_structure_of_a_checkpoint(self, tmp_path, structure):
+        file = tmp_path / "model.ckpt"
+        torch.save({"state_dict": {}}, tmp_path / "good.ckpt")
+        with zipfile.ZipFile(tmp_path / "good.ckpt") as good, zipfile.ZipFile(file, "w") as bad:
+            for entry in good.namelist():
+                bad.writestr(entry, b"\x80\x02" + structure if entry.endswith("data.pkl") else good.read(entry))
+        with pytest.raises(CheckpointError, match=r"model\.ckpt"):
+            read_checkpoint(file)
 
     @pytest.mark.parametrize("what", [[1, 2], torch.zeros(2), "text"])
     def test_something_else_in_a_checkpoint(self, tmp_path, what):
@@ -320,9 +335,8 @@ class TestHostileFiles:
             {"aliases": '{"a": ["weight"]}'},
             {"hparams": "no json"},
             {"hparams": "[1, 2]"},
-            {"hparams": '{"in_features": 2, "out_features": [2]}'},
         ],
-        ids=["version", "unhashable_alias", "hparams_text", "hparams_list", "hparams_types"],
+        ids=["version", "unhashable_alias", "hparams_text", "hparams_list"],
     )
     def test_metadata_of_wrong_types(self, path, metadata):
         save_file(nn.Linear(2, 2).state_dict(), path, metadata=metadata)

@@ -1,0 +1,20 @@
+"""ModelParallelStrategy (FSDP2) on two processes: compression before sharding, full and sharded checkpoints."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import both_ranks
+
+
+@pytest.mark.parametrize("arguments", [[], ["--distributed-checkpoint"]], ids=["full", "sharded"])
+def test_fit_test_and_resume(tmp_path: Path, arguments: list[str]) -> None:
+    zero, one = both_ranks("fit_sharded", tmp_path, *arguments)
+    assert zero["kinds"]["fc1"] == "low_rank_linear"
+    assert zero["kinds"]["fc1.first"] == "qat_linear"
+    assert zero["resumed_kinds"] == zero["kinds"]
+    assert zero["tested_equal"]
+    assert zero["moved"]
+    assert zero["steps"] > 0
+    assert one["full"] == zero["full"]
+    assert (tmp_path / "compressed.safetensors").exists()
