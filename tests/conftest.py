@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from pquant_lightning import CompressedLayer, CompressionMethodRegistry
+from pquant_lightning.core import layer_adapter
+
 torch.set_num_threads(1)  # the models are tiny; threads would only wait for each other
 
 
@@ -41,3 +44,11 @@ def package_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureF
     logger.removeHandler(caplog.handler)
     logger.setLevel(level)
     logger.propagate = propagates
+
+
+@pytest.fixture
+def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods, kinds and adapters registered in this test are forgotten after it."""
+    monkeypatch.setattr(CompressionMethodRegistry, "_methods", dict(CompressionMethodRegistry._methods))
+    monkeypatch.setattr(CompressedLayer, "kinds", dict(CompressedLayer.kinds))
+    monkeypatch.setattr(layer_adapter, "_ADAPTERS", dict(layer_adapter._ADAPTERS))

@@ -212,7 +212,10 @@ class LayerMethod(CompressionMethod):
         raise NotImplementedError(f"{type(self).__name__}.plan_layer")
 
     def fill(self, new: Any, old: Any, plan: LayerPlan, context: CompressionContext) -> None:
-        """Gives the new layer its values (under no_grad); parameters of equal name and shape are already the old's."""
+        """Gives the new layer its values (under no_grad); parameters of equal name and shape are already the old's.
+
+        A method that knows the error it makes notes it in `context.errors`; else the weights are compared.
+        """
 
     def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
         context = context or CompressionContext(by=self.name)
@@ -245,7 +248,8 @@ class LayerMethod(CompressionMethod):
             new = CompressedLayer.build(entry.spec, old)
             with torch.no_grad():
                 self.fill(new, ordinary, entry, context)
-                context.errors[entry.name] = relative_error(weight_of(ordinary), weight_of(new))
+                if entry.name not in context.errors:
+                    context.errors[entry.name] = relative_error(weight_of(ordinary), weight_of(new))
             replace_layer(model, entry.name, new)
 
     def _targets(self, model: nn.Module, skipped: list[Skip]) -> Iterator[tuple[str, nn.Module]]:
@@ -284,7 +288,7 @@ class LayerMethod(CompressionMethod):
             return Skip(name, f"its weight is of type {weight.dtype}")
         if weight.is_meta:
             raise ModelError(f'Layer {name!r} is on "meta" and has no values: load the weights, then compress.')
-        if not torch.isfinite(weight).all():
+        if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():  # the sum is cheap, but may overflow
             raise ModelError(f"The weight of layer {name!r} holds NaN or infinite values; nothing was compressed.")
         shared = [other for p in module.parameters(recurse=False) for other in owners[id(p)] if other != name]
         if shared and not self.keeps_ties:

@@ -28,6 +28,13 @@ over_rows = pytest.mark.parametrize(("name", "options"), ROWS, ids=[f"{n}-{dict(
 over_names = pytest.mark.parametrize("name", TABLE)
 
 
+@pytest.fixture(autouse=True)
+def _own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest's arguments are not ours, and `main` adds the working directory to the path."""
+    monkeypatch.setattr(sys, "argv", ["pquant"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 def callback_of(name: str) -> str:
     callback: Any = TABLE[name].callback
     return callback.__name__
@@ -119,8 +126,7 @@ def test_a_typo_is_answered_with_the_nearest_name(name: str, capsys: pytest.Capt
     assert f"Did you mean {option!r}" in f"{stopped.value.code}{capsys.readouterr().err}"
 
 
-def test_pquant_fits_a_stack_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))  # `main` adds the working directory
+def test_pquant_fits_a_stack_and_resumes(tmp_path: Path) -> None:
     stack = [
         {"class_path": "LowRankCallback", "init_args": {"rank": 2}},
         {"class_path": "QATCallback", "init_args": {"bits": 4}},

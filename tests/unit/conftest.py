@@ -7,9 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pquant_lightning import CompressedLayer, CompressionMethodRegistry
-from pquant_lightning.core import layer_adapter
-
 
 class Case(NamedTuple):
     """A layer and inputs that it takes."""
@@ -83,11 +80,3 @@ def case(request: pytest.FixtureRequest) -> Case:
 def quantizable(request: pytest.FixtureRequest) -> Case:
     """One layer of each type that quantization-aware training covers."""
     return _case(request.param)
-
-
-@pytest.fixture
-def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Methods, kinds and adapters registered in this test are forgotten after it."""
-    monkeypatch.setattr(CompressionMethodRegistry, "_methods", dict(CompressionMethodRegistry._methods))
-    monkeypatch.setattr(CompressedLayer, "kinds", dict(CompressedLayer.kinds))
-    monkeypatch.setattr(layer_adapter, "_ADAPTERS", dict(layer_adapter._ADAPTERS))

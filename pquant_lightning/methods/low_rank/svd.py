@@ -187,14 +187,18 @@ def _spec(layer: nn.Module, rank: int) -> dict[str, Any]:
     return {"kind": _KINDS[type(layer)].kind, "layer": layer_spec(layer), "rank": rank}
 
 
-def _fill(new: _LowRankLayer, old: nn.Module, factors: Factors | None) -> None:
-    """Balanced factors U sqrt(S) | sqrt(S) V: equally scaled halves fine-tune well; an uneven split diverges."""
+def _fill(new: _LowRankLayer, old: nn.Module, factors: Factors | None) -> Tensor:
+    """Balanced factors U sqrt(S) | sqrt(S) V: equally scaled halves fine-tune well; an uneven split diverges.
+
+    Returns the singular values, (groups, r).
+    """
     u, s, vh = factors or _truncated_svd.truncated_svd(weight_matrix(old), new.spec["rank"])
     root = s.sqrt()
     new.set_factors(u * root.unsqueeze(-2), root.unsqueeze(-1) * vh)
     bias = getattr(old, "bias", None)
     if bias is not None:
         new.second.bias = bias  # the same Parameter: ties and optimizer entries stay
+    return s
 
 
 @CompressionMethodRegistry.register("low_rank")
@@ -263,7 +267,12 @@ class LowRankCompression(LayerMethod):
         return LayerPlan(name, _spec(layer, min(rank, *matrix.shape[1:])), scratch=factors)
 
     def fill(self, new: _LowRankLayer, old: nn.Module, plan: LayerPlan, context: CompressionContext) -> None:
-        _fill(new, old, plan.scratch)
+        kept = _fill(new, old, plan.scratch)
+        # the approximation is a projection of W, so ||W - W'||^2 = ||W||^2 - ||S||^2, if that leaves enough digits
+        norm = torch.linalg.vector_norm(weight_matrix(old).float())
+        lost = float(1 - (torch.linalg.vector_norm(kept.float()) / norm.clamp_min(1e-30)) ** 2)
+        if lost > 1e-3:
+            context.errors[plan.name] = lost**0.5
 
     def candidates(self, name: str, module: nn.Module, context: CompressionContext) -> list[Candidate]:
         matrix = weight_matrix(module).detach()
