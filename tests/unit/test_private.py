@@ -1,73 +1,192 @@
-"""Each private name of torch and Lightning in `core/_private.py` still exists and still behaves."""
+"""Every private name of torch and Lightning in use still exists and still does what we use it for."""
 
-import inspect
-from types import SimpleNamespace
-from typing import Any
+import copy
 
 import pytest
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+import torch
+from lightning.pytorch import Callback, Trainer
 from torch import nn
+from torch.nn.utils import parametrizations
 
-from pquant_lightning.core import _private
-from tests.models import MLP, fit, quiet_trainer
+from pquant_lightning import prepare
+from pquant_lightning.core._private import (
+    FULL_BACKWARD_FLAG,
+    MODULE_HOOKS,
+    MODULE_TABLE,
+    TENSOR_TABLES,
+    launches_copies,
+    resume_path,
+    shallow_copy,
+)
+from tests.models import MLP
 
 
-def test_the_tables_of_a_module() -> None:
-    module = nn.BatchNorm1d(2)
-    for table in (*_private.MODULE_HOOKS, *_private.TENSOR_TABLES, _private.MODULE_TABLE):
-        assert isinstance(module.__dict__[table], dict)
-    assert _private.FULL_BACKWARD_FLAG in module.__dict__
-    assert set(module.__dict__["_parameters"]) == {"weight", "bias"}
-    assert set(module.__dict__["_buffers"]) == {"running_mean", "running_var", "num_batches_tracked"}
+@pytest.mark.parametrize("table", [*MODULE_HOOKS, *TENSOR_TABLES, MODULE_TABLE])
+def test_every_module_has_the_table(table):
+    assert isinstance(nn.Module().__dict__[table], dict)
+    assert isinstance(nn.LSTM(1, 1).__dict__[table], dict)
 
 
 @pytest.mark.parametrize(
-    ("register", "table"),
+    ("register", "options", "tables"),
     [
-        ("register_forward_hook", "_forward_hooks"),
-        ("register_forward_pre_hook", "_forward_pre_hooks"),
-        ("register_full_backward_hook", "_backward_hooks"),
-        ("register_full_backward_pre_hook", "_backward_pre_hooks"),
+        ("register_forward_hook", {}, ["_forward_hooks"]),
+        (
+            "register_forward_hook",
+            {"with_kwargs": True, "always_call": True},
+            ["_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"],
+        ),
+        (
+            "register_forward_pre_hook",
+            {"with_kwargs": True},
+            ["_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"],
+        ),
+        ("register_full_backward_hook", {}, ["_backward_hooks"]),
+        ("register_full_backward_pre_hook", {}, ["_backward_pre_hooks"]),
     ],
 )
-def test_hooks_are_kept_in_these_tables(register: str, table: str) -> None:
-    module = nn.Linear(2, 2)
-    getattr(module, register)(lambda *_: None)
-    assert len(module.__dict__[table]) == 1
+def test_hooks_land_in_the_tables(register, options, tables):
+    module = nn.Module()
+    handle = getattr(module, register)(lambda *args: None, **options)
+    filled = [table for table in MODULE_HOOKS if module.__dict__[table]]
+    assert sorted(filled) == sorted(tables)
+    handle.remove()
+    assert not any(module.__dict__[table] for table in MODULE_HOOKS)
 
 
-def test_a_shallow_copy_has_no_load_hook_of_the_original() -> None:
-    module = nn.Linear(2, 2)
-    module.register_load_state_dict_pre_hook(lambda *_: pytest.fail("the original's hook was called"))
-    twin = _private.shallow_copy(module)
-    twin.load_state_dict(module.state_dict())
-    assert twin.weight is module.weight
+def test_no_table_of_forward_and_backward_hooks_is_missing():
+    tables = {name for name in nn.Module().__dict__ if "forward" in name or "backward" in name}
+    assert tables == {*MODULE_HOOKS, FULL_BACKWARD_FLAG}
 
 
-def test_run_has_the_resolved_path_as_a_local() -> None:
-    run = Trainer._run
-    assert "ckpt_path" in inspect.signature(run).parameters
-    assert "_call_setup_hook" in inspect.getsource(run)
+def test_the_flag_tells_full_backward_hooks():
+    module = nn.Module()
+    assert module.__dict__[FULL_BACKWARD_FLAG] is None
+    module.register_full_backward_hook(lambda *args: None)
+    assert module.__dict__[FULL_BACKWARD_FLAG] is True
 
 
-def test_the_path_is_known_in_setup_only_of_the_run_that_has_one(tmp_path: Any) -> None:
+def test_tables_hold_what_their_names_say():
+    module = nn.BatchNorm1d(2)
+    module.add_module("child", nn.ReLU())
+    parameters, buffers = (module.__dict__[table] for table in TENSOR_TABLES)
+    assert list(parameters) == ["weight", "bias"]
+    assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
+    assert list(module.__dict__[MODULE_TABLE]) == ["child"]
+
+
+class TestShallowCopy:
+    def test_hooks_and_attributes_are_its_own(self):
+        module = nn.Linear(2, 2)
+        module.seen = []
+        twin = shallow_copy(module)
+        twin.seen.append(1)
+        twin.register_forward_hook(lambda *args: None)
+        assert type(twin) is nn.Linear
+        assert module.seen == []
+        assert not module.__dict__["_forward_hooks"]
+        assert twin.weight is module.weight
+
+    def test_it_is_not_hooked_as_its_original_is(self):
+        """A load hook is bound to the module it was registered on: it would rebuild the original."""
+        module = prepare(nn.Sequential(nn.Linear(2, 2)))
+        twin = shallow_copy(module)
+        assert module.__dict__["_load_state_dict_pre_hooks"]
+        assert not twin.__dict__["_load_state_dict_pre_hooks"]
+        twin.load_state_dict(module.state_dict())
+        prepare(twin)
+        assert twin.__dict__["_load_state_dict_pre_hooks"]
+
+    def test_parametrized_modules_which_refuse_copy(self):
+        module = parametrizations.weight_norm(nn.Linear(2, 2))
+        with pytest.raises(RuntimeError):
+            copy.copy(module)
+        twin = shallow_copy(module)
+        assert torch.equal(twin.weight, module.weight)
+
+    def test_a_module_in_a_trainer_leaves_the_trainer_behind(self, tmp_path):
+        module = MLP()
+        module.trainer = _trainer(tmp_path)
+        assert shallow_copy(module).__dict__["_trainer"] is None
+        assert module.trainer is not None
+
+
+class Spy(Callback):
+    """Notes what `resume_path` says in `setup`."""
+
+    def __init__(self) -> None:
+        self.paths: list[str | None] = []
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        self.paths.append(resume_path(trainer))
+
+
+def _trainer(tmp_path, *callbacks, **options):
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+    }
+    return Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+def test_resume_path_is_the_resolved_path_in_setup(tmp_path):
+    spy = Spy()
+    trainer = _trainer(tmp_path, spy)
+    trainer.fit(MLP(), MLP.loader(), MLP.loader())
+    best = trainer.checkpoint_callback.best_model_path
+    trainer.test(MLP(), MLP.loader(), ckpt_path="best", verbose=False)
+    trainer.validate(MLP(), MLP.loader(), ckpt_path=best, verbose=False)
+    again = _trainer(tmp_path, spy, max_epochs=2)
+    again.fit(MLP(), MLP.loader(), MLP.loader(), ckpt_path=best)
+    assert best
+    assert spy.paths == [None, best, best, best]
+    assert resume_path(trainer) is None
+
+
+def test_resume_path_does_not_take_another_trainers(tmp_path):
     seen = []
 
-    class Spy(MLP):
-        def setup(self, stage: str) -> None:
-            seen.append(_private.resume_path(self.trainer))
+    class Nested(Callback):
+        def setup(self, trainer, pl_module, stage):
+            seen.append(resume_path(_trainer(tmp_path)))
 
-    trainer = quiet_trainer(tmp_path)
-    model = fit(trainer, Spy())
-    trainer.save_checkpoint(tmp_path / "one.ckpt")
-    fit(quiet_trainer(tmp_path, max_epochs=2), Spy(), ckpt_path=tmp_path / "one.ckpt")
-    trainer.test(model, MLP.loader(), verbose=False)
-    assert seen == [None, str(tmp_path / "one.ckpt"), None]
-    assert _private.resume_path(trainer) is None
+    trainer = _trainer(tmp_path, Spy())
+    trainer.fit(MLP(), MLP.loader(), MLP.loader())
+    best = trainer.checkpoint_callback.best_model_path
+    _trainer(tmp_path, Nested()).test(MLP(), MLP.loader(), ckpt_path=best, verbose=False)
+    assert seen == [None]
 
 
-def test_launchers_of_copies_are_known_by_name() -> None:
-    launcher = object.__new__(type("Launcher", (_MultiProcessingLauncher,), {"__abstractmethods__": frozenset()}))
-    assert _private.launches_copies(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))
-    assert not _private.launches_copies(SimpleNamespace(strategy=SimpleNamespace(launcher=None)))
+@pytest.mark.parametrize(
+    ("strategy", "copies"),
+    [("auto", False), ("ddp", False), ("ddp_spawn", True), ("ddp_fork", True), ("ddp_notebook", True)],
+)
+def test_strategies_that_launch_copies_are_known(tmp_path, strategy, copies):
+    devices = 1 if strategy == "auto" else 2
+    assert launches_copies(_trainer(tmp_path, strategy=strategy, devices=devices)) is copies
+
+
+@pytest.mark.parametrize("name", ["_apply", "_load_from_state_dict"])
+def test_torch_calls_what_our_layers_override(name, monkeypatch):
+    """`.bfloat16()` goes through `_apply`, `load_state_dict` through `_load_from_state_dict` of every module."""
+    calls = []
+    original = getattr(nn.Module, name)
+    monkeypatch.setattr(nn.Module, name, lambda self, *a, **k: (calls.append(type(self)), original(self, *a, **k))[1])
+    model = nn.Sequential(nn.Linear(2, 2))
+    if name == "_apply":
+        model.bfloat16()
+    else:
+        model.load_state_dict(model.state_dict())
+    assert calls == [nn.Sequential, nn.Linear]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_convolutions_have_a_forward_that_takes_a_weight(dim):
+    conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dim - 1](2, 4, 3, padding=1, padding_mode="circular")
+    inputs = torch.randn(1, 2, *[5] * dim)
+    assert torch.equal(conv._conv_forward(inputs, conv.weight, conv.bias), conv(inputs))
