@@ -263,14 +263,8 @@ def _listed_in_private() -> set[str]:
     return {text for _, text in _texts(source)}
 
 
-UNLISTED = {"core.compressed_layer": "_apply", "methods.quantization._layers": "_load_from_state_dict, _conv_forward"}
-
-
 @each_source
-def test_private_names_of_torch_and_lightning_stand_in_one_place(source, request):
-    if source.name in UNLISTED:
-        reason = f"defect: core/_private.py does not list {UNLISTED[source.name]}"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_private_names_of_torch_and_lightning_stand_in_one_place(source):
     ours, listed = _defined_here(), _listed_in_private()
     used = [
         (line, name)

@@ -21,6 +21,9 @@ FULL_BACKWARD_FLAG = "_is_full_backward_hook"
 TENSOR_TABLES = ("_parameters", "_buffers")
 MODULE_TABLE = "_modules"
 
+# torch 2.13, torch/nn/modules/module.py and conv.py: methods that our layers override or call where they stand
+LAYER_METHODS = ("_apply", "_load_from_state_dict", "_conv_forward")
+
 
 def shallow_copy(module: Any) -> Any:
     """A module of the same class with attributes and hook tables of its own, and no load hook bound to the original."""
