@@ -31,6 +31,7 @@ from tests.contract.table import (
     same_tensors,
     specs_of,
     state_of,
+    trained,
 )
 from tests.models import MODELS, built
 
@@ -175,6 +176,17 @@ def test_eval_equals_train_forward(case: Case, num_inputs: int) -> None:
         eval_output = model.eval()(*inputs)
 
     torch.testing.assert_close(eval_output, trained_output, atol=2e-6, rtol=1e-5)
+
+
+@over(CASES)
+def test_eval_forward_changes_no_state(case: Case) -> None:
+    """Before the first training batch (a sanity check) and after it."""
+    for model in (compressed(case), trained(case)):
+        state = state_of(model)
+
+        output(model, case.inputs(seed=1))
+
+        assert same_tensors(model.state_dict(), state)
 
 
 @over(ROWS)
