@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from pquant_lightning.core._private import LAST_STEP_SAVED
+
 
 def _monitors(trainer: Trainer) -> list[Any]:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -28,5 +30,6 @@ def reset_monitors(trainer: Trainer) -> None:
         if isinstance(monitor, ModelCheckpoint):
             monitor.best_k_models, monitor.best_model_path, monitor.best_model_score = {}, "", None
             monitor.kth_best_model_path, monitor.kth_value = "", worst
+            setattr(monitor, LAST_STEP_SAVED, 0)  # else an equally long second fit would save nothing
         else:
             monitor.wait_count, monitor.best_score = 0, worst

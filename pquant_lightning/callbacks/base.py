@@ -174,7 +174,8 @@ class _MethodCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove_handles()
-        if self.method.completes_at > 0 and not self._complete:
+        smoke_test: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.method.completes_at > 0 and not self._complete and not smoke_test:
             log.warning(
                 "%s reaches its target at %.0f %% of the training, and the training ended at %.0f %%. Train longer, or "
                 "let the schedule end earlier.",
@@ -182,7 +183,7 @@ class _MethodCallback(Callback):
                 100 * self.method.completes_at,
                 100 * self._scratch.progress,
             )
-        if self is _ours(trainer)[-1] and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self is _ours(trainer)[-1] and not smoke_test:
             directory = trainer.log_dir or trainer.default_root_dir  # asks all ranks, so not only on rank 0
             self.artifact = Path(directory) / "compressed.safetensors"
             if trainer.strategy.restore_checkpoint_after_setup:

@@ -24,6 +24,9 @@ MODULE_TABLE = "_modules"
 # torch 2.13, torch/nn/modules/module.py and conv.py: methods that our layers override or call where they stand
 LAYER_METHODS = ("_apply", "_load_from_state_dict", "_conv_forward")
 
+# Lightning 2.6.6, callbacks/model_checkpoint.py: the step at which nothing is saved a second time
+LAST_STEP_SAVED = "_last_global_step_saved"
+
 
 def shallow_copy(module: Any) -> Any:
     """A module of the same class with attributes and hook tables of its own, and no load hook bound to the original."""

@@ -182,6 +182,17 @@ def test_monitors_that_have_seen_the_uncompressed_model_start_afresh(tmp_path: P
     assert specs_of(load_compressed(RisingScore, checkpoint.best_model_path)) == specs_of(model)
 
 
+def test_a_checkpoint_callback_of_an_equally_long_plain_fit_saves_the_compressed_model(tmp_path: Path) -> None:
+    checkpoint, _ = monitors(tmp_path)
+    model = RisingScore()
+    fit(quiet_trainer(tmp_path, [checkpoint]), model)
+
+    fit(quiet_trainer(tmp_path, [QATCallback(bits=4), checkpoint]), model)
+
+    assert Path(checkpoint.best_model_path).is_file()
+    assert specs_of(load_compressed(RisingScore, checkpoint.best_model_path)) == specs_of(model)
+
+
 def test_open_ended_training_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"open-ended.*max_steps"):
         fit(quiet_trainer(tmp_path, [toy()], max_epochs=-1), MLP())
@@ -201,6 +212,13 @@ def test_a_fit_that_ends_before_the_target_warns(tmp_path: Path, package_log: py
     (warning,) = [record for record in package_log.records if record.levelname == "WARNING"]
     assert "90 %" in warning.getMessage()
     assert "CompressionCallback(toy)" in warning.getMessage()
+
+
+def test_a_fast_dev_run_does_not_warn(tmp_path: Path, package_log: pytest.LogCaptureFixture) -> None:
+    model = fit(quiet_trainer(tmp_path, [toy()], fast_dev_run=1), MLP())
+
+    assert toy_layers(model)
+    assert not [record for record in package_log.records if record.levelname == "WARNING"]
 
 
 @pytest.mark.parametrize("end", [0.5, 1.0])

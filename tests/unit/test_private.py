@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from pquant_lightning import prepare
 from pquant_lightning.core._private import (
     FULL_BACKWARD_FLAG,
+    LAST_STEP_SAVED,
     MODULE_HOOKS,
     MODULE_TABLE,
     TENSOR_TABLES,
@@ -190,3 +192,7 @@ def test_convolutions_have_a_forward_that_takes_a_weight(dim):
     conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dim - 1](2, 4, 3, padding=1, padding_mode="circular")
     inputs = torch.randn(1, 2, *[5] * dim)
     assert torch.equal(conv._conv_forward(inputs, conv.weight, conv.bias), conv(inputs))
+
+
+def test_the_step_at_which_nothing_is_saved_again():
+    assert getattr(ModelCheckpoint(), LAST_STEP_SAVED) == 0
