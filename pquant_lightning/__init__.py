@@ -13,7 +13,7 @@ from pquant_lightning.api import (
 )
 from pquant_lightning.callbacks.base import CompressionCallback
 from pquant_lightning.callbacks.low_rank import LowRankCallback
-from pquant_lightning.callbacks.quantization import QATCallback
+from pquant_lightning.callbacks.quantization import PTQCallback, QATCallback
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compressed_layer import CompressedLayer
 from pquant_lightning.core.compression_method import CompressionMethod, LayerMethod
@@ -23,6 +23,8 @@ from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport
 from pquant_lightning.methods.low_rank.svd import LowRankCompression
+from pquant_lightning.methods.quantization.family import QuantizationCompression
+from pquant_lightning.methods.quantization.ptq import PTQCompression
 from pquant_lightning.methods.quantization.qat import QATCompression
 
 __version__ = "0.1.0"
@@ -41,8 +43,11 @@ __all__ = [
     "LowRankCallback",
     "LowRankCompression",
     "PQuantError",
+    "PTQCallback",
+    "PTQCompression",
     "QATCallback",
     "QATCompression",
+    "QuantizationCompression",
     "compress_model",
     "compression_report",
     "finalize",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compressed_layer import install_hook
-from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod
+from pquant_lightning.core.compression_method import CompressionMethod
 from pquant_lightning.core.deploy import deploy
 from pquant_lightning.core.errors import CallbackOrderError, CheckpointError, OptionError, PQuantError
 from pquant_lightning.core.registry import CompressionMethodRegistry
@@ -44,7 +44,8 @@ def compress_model(
     Args:
         model: any module that contains layers; not touched unless `inplace`.
         method_or_config: a method's name, a method object, a configuration dict or the path of a YAML file.
-        train_loader: data for methods that calibrate.
+        train_loader: data for methods that calibrate: a loader, a list of batches, or a datamodule. A batch is a
+            tensor, a tuple with the inputs first, or a dict with the names of `forward`'s arguments.
         val_loader: data for methods that measure.
         inplace: change the given model instead of a copy.
         **options: the method's options, with a name only.
@@ -66,9 +67,7 @@ def compress_model(
         if type(method).compress is not CompressionMethod.compress:  # the specification's shape: it does all itself
             result = method.compress(result, train_loader, val_loader)
             continue
-        context = CompressionContext(by=method.name)
-        method.apply(result, method.checked_plan(result, context), context)
-        method.attach(result, {})
+        method.compress_in_place(result, method.samples_of(train_loader))
     install_hook(result)
     if not any(method.trains for method in methods):
         deploy(result)

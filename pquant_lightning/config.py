@@ -17,15 +17,15 @@ class ConfigManager:
 
     ```yaml
     compression:
-      methods: [low_rank, qat]
+      methods: [low_rank, quantization]
       low_rank: {rank: 64, method: svd}
-      qat: {bits: 8}
+      quantization: {bits: 8, method: ptq}
     training: {epochs: 10, lr: 0.0001, batch_size: 32}
     evaluation: {metrics: [accuracy, compression_ratio, latency]}
     ```
 
     >>> ConfigManager.validate_config(ConfigManager.load_config())["compression"]["methods"]
-    ['low_rank', 'qat']
+    ['low_rank', 'quantization']
     """
 
     @staticmethod
@@ -52,9 +52,9 @@ class ConfigManager:
         """A new copy of the default configuration."""
         return {
             "compression": {
-                "methods": ["low_rank", "qat"],
+                "methods": ["low_rank", "quantization"],
                 "low_rank": {"rank": 64, "method": "svd"},
-                "qat": {"bits": 8},
+                "quantization": {"bits": 8, "method": "ptq"},
             },
             "training": {"epochs": 10, "lr": 1e-4, "batch_size": 32},
             "evaluation": {"metrics": ["accuracy", "compression_ratio", "latency"]},

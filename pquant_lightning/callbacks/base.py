@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from rich.progress import track
 from torch import nn
@@ -21,10 +22,18 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from pquant_lightning.callbacks._monitors import reset_monitors, reset_would_matter
 from pquant_lightning.callbacks._optimizers import repair_optimizers
 from pquant_lightning.core._private import launches_copies, resume_path
+from pquant_lightning.core.calibration import Samples, first_samples, run_samples
 from pquant_lightning.core.compressed_layer import compressed_layers, install_hook, is_hooked, read_specs, rebuild
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod
 from pquant_lightning.core.deploy import share_copy
-from pquant_lightning.core.errors import CallbackOrderError, CheckpointError, ModelError, OptionError
+from pquant_lightning.core.errors import (
+    CalibrationError,
+    CallbackOrderError,
+    CheckpointError,
+    ModelError,
+    OptionError,
+)
+from pquant_lightning.core.optimizer import separate_groups
 from pquant_lightning.core.plan import CompressionPlan, Skip
 from pquant_lightning.core.report import CompressionReport, make_report
 from pquant_lightning.core.serialization import (
@@ -106,9 +115,12 @@ class _MethodCallback(Callback):
             )
         if own:
             return
-        context = CompressionContext(by=self.state_key, track=partial(_track, trainer))
+        samples = _take_samples(trainer, module, self.method)
+        context = CompressionContext(by=self.state_key, track=partial(_track, trainer), samples=samples)
         plan = self._shared_plan(trainer, module, context)
         self.method.apply(module, plan, context)
+        if self.method.trains:
+            self.method.calibrate(module, context)
         self._state, self._complete = {}, False
         self._scratch = _Run(errors=context.errors, skipped=plan.skipped, compressed=True)
         if trainer.strategy.restore_checkpoint_after_setup:  # sharded strategies do not synchronise the ranks
@@ -132,6 +144,10 @@ class _MethodCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self is _ours(trainer)[-1]:
             repair_optimizers(trainer, pl_module, self._scratch.names_before)
+            for optimizer in trainer.optimizers:
+                configs = [c.scheduler for c in trainer.lr_scheduler_configs]
+                own = [s for s in configs if getattr(s, "optimizer", None) is optimizer]
+                separate_groups(pl_module, optimizer, own)
 
     # -- during training ---------------------------------------------------------------------------------------------
 
@@ -175,6 +191,11 @@ class _MethodCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove_handles()
         smoke_test: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not self.method.trains and type(self.method).calibrate is not CompressionMethod.calibrate:
+            samples = self._scratch.samples = _take_samples(trainer, pl_module, self.method)
+            self.method.calibrate(pl_module, CompressionContext(by=self.state_key, samples=samples))
+        if self is _ours(trainer)[-1] and any(callback._scratch.samples for callback in _ours(trainer)):
+            _report(trainer, pl_module)  # a layer that calibration has not reached stays as it is
         if self.method.completes_at > 0 and not self._complete and not smoke_test:
             log.warning(
                 "%s reaches its target at %.0f %% of the training, and the training ended at %.0f %%. Train longer, or "
@@ -233,6 +254,7 @@ class _Run:
         self.names_before: dict[int, str] = {}
         self.handles: list[Any] = []
         self.gathered: dict[str, Any] | None = None
+        self.samples: Samples | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Run":
         return _Run()
@@ -323,21 +345,27 @@ def _take_structure(trainer: Trainer, module: LightningModule, path: str) -> Non
 
 def _finish(trainer: Trainer, module: LightningModule) -> None:
     """Prepares training on the compressed model and reports it."""
-    ours = _ours(trainer)
-    for callback in ours:
+    for callback in _ours(trainer):
         callback.method.attach(module, callback._state)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ModelError(
             f"{type(module).__name__} has no parameter to train: all are frozen or integers. Unfreeze some "
             "(parameter.requires_grad_(True)); a finalized model is not trained again: load a checkpoint of the fit."
         )
+    _report(trainer, module)
+
+
+def _report(trainer: Trainer, module: LightningModule) -> None:
+    """Reports the model on the last of our callbacks; shown where it says something new."""
+    ours = _ours(trainer)
     runs = [callback._scratch for callback in ours]
     errors = {name: error for run in runs for name, error in run.errors.items()}
     skipped = [skip for run in runs for skip in run.skipped if skip.name not in compressed_layers(module)]
     example = getattr(module, "example_input_array", None)
-    ours[-1].report = make_report(module, example_inputs=example, errors=errors, skipped=skipped)
-    if trainer.is_global_zero:
-        log.info("%s", ours[-1].report)
+    report = make_report(module, example_inputs=example, errors=errors, skipped=skipped)
+    if trainer.is_global_zero and report != ours[-1].report:
+        log.info("%s", report)
+    ours[-1].report = report
 
 
 def _write_artifact(trainer: Trainer, module: LightningModule, path: Path, gathered: dict[str, Any] | None) -> int:
@@ -354,7 +382,41 @@ def _write_artifact(trainer: Trainer, module: LightningModule, path: Path, gathe
         rebuild(shell, read_specs(state), state)
         shell.load_state_dict(state, strict=module.strict_loading, assign=True)
         share_equal_storage(shell)
+        for callback in _ours(trainer):  # what was measured at the end of the fit belongs to the last weights
+            if (samples := callback._scratch.samples) is not None:
+                context = CompressionContext(by=callback.state_key, samples=samples.on_one_process())
+                callback.method.calibrate(shell, context)
     return write_artifact(shell, path, artifact_metadata(module))
+
+
+def _take_samples(trainer: Trainer, module: LightningModule, method: CompressionMethod) -> Samples | None:
+    """Each process takes its share of the training data; None where the method wants none.
+
+    Where the model cannot be run on them, a method that trains goes on without, with a warning.
+    """
+    if not method.wanted_samples:
+        return None
+    trainer.fit_loop.setup_data()
+    loader = trainer.train_dataloader
+    run = _predict if is_overridden("predict_step", module) else None
+    try:
+        if isinstance(loader, list | tuple | dict):
+            raise CalibrationError(
+                "There are several training loaders, and it is not known which batches forward takes."
+            )
+        samples = Samples.take(loader, -(-method.wanted_samples // trainer.world_size), run)
+        for _ in run_samples(module, Samples((first_samples(samples.batches[0], 2),), samples.run)):
+            pass
+    except CalibrationError as error:
+        if not method.trains:
+            raise
+        log.warning("%s starts without calibration, from the first training batches: %s", method.name, error)
+        return None
+    return samples
+
+
+def _predict(module: Any, batch: Any) -> Any:
+    return module.predict_step(batch, 0)
 
 
 def _track(trainer: Trainer, items: Iterable[Any], description: str) -> Iterable[Any]:

@@ -1,9 +1,12 @@
 """Every private name of torch and Lightning in use, in one place; `tests/unit/test_private.py` fails when one moves."""
 
+import importlib
 import sys
 from collections import OrderedDict
 from copy import copy
 from typing import Any
+
+import torch
 
 # torch 2.13, torch/nn/modules/module.py: the dictionaries behind register_forward_hook and its kin
 MODULE_HOOKS = (
@@ -21,8 +24,11 @@ FULL_BACKWARD_FLAG = "_is_full_backward_hook"
 TENSOR_TABLES = ("_parameters", "_buffers")
 MODULE_TABLE = "_modules"
 
+# torch 2.13: the tensor that a tensor is a view of
+TENSOR_BASE = "_base"
+
 # torch 2.13, torch/nn/modules/module.py and conv.py: methods that our layers override or call where they stand
-LAYER_METHODS = ("_apply", "_load_from_state_dict", "_conv_forward")
+LAYER_METHODS = ("_apply", "_load_from_state_dict", "_conv_forward", "_output_padding")
 
 # Lightning 2.6.6, callbacks/model_checkpoint.py: the step at which nothing is saved a second time
 LAST_STEP_SAVED = "_last_global_step_saved"
@@ -64,3 +70,14 @@ def launches_copies(trainer: Any) -> bool:
     """
     launcher = getattr(trainer.strategy, "launcher", None)
     return any(base.__name__ == "_MultiProcessingLauncher" for base in type(launcher).__mro__)
+
+
+def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """int8 `(m, k)` by int8 `(k, n)` to int32 `(m, n)`; torch 2.13: oneDNN on the CPU, cuBLAS on CUDA."""
+    return torch._int_mm(a, b)
+
+
+def quantized_decomposed() -> Any:
+    """The operations that exporters know as QuantizeLinear and DequantizeLinear; torch 2.13 registers them here."""
+    importlib.import_module("torch.ao.quantization.fx._decomposed")
+    return torch.ops.quantized_decomposed

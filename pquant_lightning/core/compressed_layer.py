@@ -4,14 +4,14 @@ import json
 import logging
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from pquant_lightning.core._private import MODULE_HOOKS
 from pquant_lightning.core.errors import CheckpointError, PQuantError, known
-from pquant_lightning.core.layer_adapter import as_torch
+from pquant_lightning.core.layer_adapter import as_torch, build_layer
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.surgery import materialize, replace_layer
 
@@ -52,7 +52,8 @@ class CompressedLayer(nn.Module):
     kind: ClassVar[str]
     stage: ClassVar[Stage]
     deployed: ClassVar[bool] = False
-    float32_buffers: ClassVar[tuple[str, ...]] = ()  # stay float32 when the module is cast
+    unfolds: ClassVar[bool] = False  # gives way to the ordinary layer again where a file holds that one
+    float32_tensors: ClassVar[tuple[str, ...]] = ()  # own parameters and buffers that stay float32 when cast
     parameter_buffers: ClassVar[tuple[str, ...]] = ()  # former parameters that a deployed form keeps as buffers
     derived_tensors: ClassVar[tuple[str, ...]] = ()  # functions of `weight` alone: shared where the weight was
     spec: dict[str, Any]
@@ -82,6 +83,10 @@ class CompressedLayer(nn.Module):
         weight = self.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    def parameter_options(self) -> dict[str, dict[str, float]]:
+        """Own parameters that want a group of their own in the optimizer, by name: `lr` (a factor), `weight_decay`."""
+        return {}
 
     def described(self) -> str:
         """The method and its parameters in a few words, for tables."""
@@ -118,13 +123,13 @@ class CompressedLayer(nn.Module):
         """Nothing to do: the pre-hook has rebuilt the layer from this state before any weight is loaded."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        own = dict(self.named_buffers(recurse=False))
-        kept = {name: own[name] for name in self.float32_buffers if name in own}
+        own = {**dict(self.named_buffers(recurse=False)), **dict(self.named_parameters(recurse=False))}
+        kept = {name: own[name].data for name in self.float32_tensors if name in own}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = getattr(self, name)
             if after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
+                after.data = before.to(after.device)
         return self
 
     def extra_repr(self) -> str:
@@ -146,7 +151,7 @@ def find_kind(name: object) -> type[CompressedLayer]:
     Raises:
         PQuantError: no kind has that name.
     """
-    if name not in CompressedLayer.kinds:
+    if str(name) not in CompressedLayer.kinds:
         CompressionMethodRegistry.load_announced()
     if not isinstance(name, str) or name not in CompressedLayer.kinds:
         raise PQuantError(
@@ -222,6 +227,8 @@ def rebuild(
             f"{name!r} ({layer.described()}). Load it into the uncompressed model first, then compress: fit without "
             "ckpt_path, or compress_model(model, ...) after load_state_dict."
         )
+    unfolded = _unfolded(root, specs, state_dict, prefix)
+    layers: dict[str, CompressedLayer] = {}  # of the file, as the model will have them
     pending: dict[str, CompressedLayer] = {}  # nothing is put into the model before everything has been checked
     owners: dict[int, str] = {}
     aliases: list[str] = []  # further names of a layer that is used in several places
@@ -232,22 +239,28 @@ def rebuild(
         holder, own_name = (root, name) if outer is None else (pending[outer], name[len(outer) + 1 :])
         existing = _existing(holder, own_name, name)
         if _fits(existing, name, spec, specs):
+            layers[name] = existing
             continue
         if outer is None and specs[owners.setdefault(id(existing), name)] == spec and owners[id(existing)] != name:
             aliases.append(name)
+            layers[name] = pending[owners[id(existing)]]
             continue
-        layer = _build_checked(name, spec, existing, specs, state_dict, prefix)
+        layers[name] = layer = _build_checked(name, spec, existing, specs, state_dict, prefix)
         if outer is None:
             pending[name] = layer
         else:
             replace_layer(holder, own_name, layer)
+    ties = _ties(layers)
+    for name, ordinary in unfolded.items():
+        replace_layer(root, name, ordinary)
     replaced = [(replace_layer(root, name, layer), layer) for name, layer in pending.items()]
     restored = sum(getattr(old, "deployed", False) and not new.deployed for old, new in replaced)
     if restored:
         log.info(
             "%d finalized layer(s) are back in their training form, as in the file that is being loaded.", restored
         )
-    _share_tied(root, specs)
+    for layer, own, shared in ties:
+        setattr(layer, own, shared)
 
 
 def _existing(holder: nn.Module, own_name: str, name: str) -> nn.Module:
@@ -261,7 +274,7 @@ def _existing(holder: nn.Module, own_name: str, name: str) -> nn.Module:
         ) from None
 
 
-def _fits(existing: nn.Module, name: str, spec: dict[str, Any], specs: Mapping[str, Any]) -> bool:
+def _fits(existing: nn.Module, name: str, spec: dict[str, Any], specs: Mapping[str, Any]) -> TypeGuard[CompressedLayer]:
     if not isinstance(existing, CompressedLayer) or existing.spec != spec:
         return False
     inner = [child for child in compressed_layers(existing) if child]
@@ -285,10 +298,15 @@ def _build_checked(
     except PQuantError as error:
         raise CheckpointError(f"Layer {name!r} of the checkpoint: {error}") from error
     try:
+        if "device" in spec.get("layer", ()):
+            raise ValueError("a layer's device is that of the model, never that of a file")
+        tied = spec.get("tied_to", {})
+        if not (tied.keys() <= set(kind.derived_tensors) and all(isinstance(target, str) for target in tied.values())):
+            raise ValueError(f"tied_to names a tensor for any of {kind.derived_tensors}, got {tied}")
         with torch.device("meta"):
             structure = kind.from_spec(spec, as_torch(existing) or existing)
         structure.spec = spec
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # whatever a kind raises on a spec that it did not write
         raise CheckpointError(f"The spec of layer {name!r} in the checkpoint is damaged: {error!r}.") from error
     for key, tensor in structure.state_dict(keep_vars=True).items():
         stored = state_dict.get(f"{prefix}{name}.{key}")
@@ -296,7 +314,7 @@ def _build_checked(
         if key.endswith(_EXTRA) or in_inner_kind:
             continue
         if not isinstance(stored, Tensor) or stored.shape != tensor.shape:
-            found = "nothing" if stored is None else f"shape {tuple(stored.shape)}"
+            found = f"shape {tuple(stored.shape)}" if isinstance(stored, Tensor) else "no tensor"
             raise CheckpointError(
                 f"The checkpoint is damaged: the spec of layer {name!r} calls for {key!r} of shape "
                 f"{tuple(tensor.shape)}, the file holds {found}."
@@ -310,20 +328,50 @@ def _layers_plain_in_file(
     """Layers compressed here that the file holds in plain form, and that no rebuilt ancestor will replace."""
     plain = {}
     for name, layer in compressed_layers(root, outermost=True).items():
-        covered = name in specs or any(name.startswith(f"{other}.") for other in specs)
-        if name and not covered and any(key.startswith(f"{prefix}{name}.") for key in state_dict):
+        if not layer.unfolds and _is_plain(name, specs, state_dict, prefix):
             plain[name] = layer
     return plain
 
 
-def _share_tied(root: nn.Module, specs: Mapping[str, dict[str, Any]]) -> None:
-    """Buffers that a spec declares `tied_to` another layer's become that layer's tensor, as when they were saved."""
-    for name, spec in specs.items():
-        for own, target in spec.get("tied_to", {}).items():
+def _is_plain(name: str, specs: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str) -> bool:
+    covered = name in specs or any(name.startswith(f"{other}.") for other in specs)
+    return bool(name) and not covered and any(key.startswith(f"{prefix}{name}.") for key in state_dict)
+
+
+def _unfolded(
+    root: nn.Module, specs: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str
+) -> dict[str, nn.Module]:
+    """Ordinary layers to put back where they were folded away, since the file holds them."""
+    found = {}
+    reference = next(root.parameters(), torch.empty(0))
+    for name, layer in compressed_layers(root, outermost=True).items():
+        if layer.unfolds and _is_plain(name, specs, state_dict, prefix):
+            found[name] = build_layer(layer.spec["layer"]).to(reference.device, reference.dtype)
+    return found
+
+
+def _ties(layers: Mapping[str, CompressedLayer]) -> list[tuple[CompressedLayer, str, Tensor]]:
+    """Each buffer that a spec declares `tied_to` another layer's: its layer, its name, the tensor to take its place.
+
+    Raises:
+        CheckpointError: the other is no derived tensor of the same shape.
+    """
+    ties = []
+    for name, layer in layers.items():
+        for own, target in layer.spec.get("tied_to", {}).items():
             owner_name, _, tensor_name = target.rpartition(".")
-            owner = dict(root.named_modules()).get(owner_name)
-            if owner is not None and hasattr(owner, tensor_name):
-                setattr(root.get_submodule(name), own, getattr(owner, tensor_name))
+            owner = layers.get(owner_name)
+            if owner is None:  # in a part of the saved model that is not loaded
+                continue
+            shape = getattr(layer, own).shape
+            shared = getattr(owner, tensor_name) if tensor_name in owner.derived_tensors else None
+            if shared is None or shared.shape != shape:
+                raise CheckpointError(
+                    f"The spec of layer {name!r} in the checkpoint is damaged: {own!r} of shape {tuple(shape)} is tied "
+                    f"to {target!r}, which is no derived tensor of that shape."
+                )
+            ties.append((layer, own, shared))
+    return ties
 
 
 def _load_hook(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -6,7 +6,6 @@ from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, dataclass_transform
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, install_hook, weight_of
 from pquant_lightning.core.deploy import count_params, deployed_bytes, stored_bytes
 from pquant_lightning.core.errors import ModelError, OptionError, known
@@ -23,14 +23,7 @@ from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Sk
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.surgery import get_layer, replace_layer
 
-__all__ = ["CompressionContext", "CompressionMethod", "LayerMethod", "Stage", "Statistic"]
-
-
-class Statistic(Enum):
-    """What calibration collects of a layer's inputs."""
-
-    RANGE = "range"
-    SECOND_MOMENT = "second_moment"
+__all__ = ["CompressionContext", "CompressionMethod", "LayerMethod", "Stage"]
 
 
 def _no_tracking(items: Iterable[Any], description: str) -> Iterable[Any]:
@@ -45,11 +38,15 @@ class CompressionContext:
         by: who plans: written into every spec, so that a callback knows its own layers again.
         track: wraps an iterable of layers and shows progress; `track(items, description)`.
         errors: filled by `apply`: relative weight error ||W - W'|| / ||W|| by layer name.
+        samples: data to calibrate on, as many as the method's `wanted_samples`; None where there are none.
+        notes: what a method's own `plan` finds out about the model and its `plan_layer` uses.
     """
 
     by: str
     track: Callable[[Iterable[Any], str], Iterable[Any]] = _no_tracking
     errors: dict[str, float] = field(default_factory=dict)
+    samples: Samples | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -74,9 +71,13 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
     min_saving: float = 0.05
 
     stage: ClassVar[Stage] = Stage.QUANTIZE  # last, unless a method says otherwise
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
     trains: ClassVar[bool] = False  # the method's own form must be trained; compress_model then gives the training form
     keeps_ties: ClassVar[bool] = False  # a weight shared with another layer stays shared
+
+    @property
+    def wanted_samples(self) -> int:
+        """Samples of the user's data that `plan`, `apply` and `calibrate` use if there are any; 0 = data-free."""
+        return 0
 
     @property
     def completes_at(self) -> float:
@@ -125,6 +126,15 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
         """Changes the model as planned, in place, once."""
         raise NotImplementedError(f"{type(self).__name__}.apply")
 
+    def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
+        """Measures on `context.samples` what the applied layers need to know; may be repeated.
+
+        Called right after `apply`; in a Trainer, for a method that does not train, at the end of the fit instead.
+
+        Raises:
+            CalibrationError: there are no samples and it cannot do without, or they do not fit the model.
+        """
+
     def attach(self, model: nn.Module, state: dict[str, Any]) -> None:
         """Called at every start of a fit, before the optimizers are made; must be idempotent."""
 
@@ -154,11 +164,20 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
             ModelError: no layer can be changed, weights are not finite, or a lazy layer is not built yet.
         """
         copy = deepcopy(model)
-        context = CompressionContext(by=self.name)
-        self.apply(copy, self.checked_plan(copy, context), context)
-        self.attach(copy, {})
+        self.compress_in_place(copy, self.samples_of(train_loader))
         install_hook(copy)
         return copy
+
+    def compress_in_place(self, model: nn.Module, samples: Samples | None = None) -> None:
+        """Plans, applies and calibrates; the model is then in training form."""
+        context = CompressionContext(by=self.name, samples=samples)
+        self.apply(model, self.checked_plan(model, context), context)
+        self.calibrate(model, context)
+        self.attach(model, {})
+
+    def samples_of(self, loader: Any) -> Samples | None:
+        """As many samples of a loader as this method wants; None where it wants none or there is no loader."""
+        return None if loader is None or not self.wanted_samples else Samples.take(loader, self.wanted_samples)
 
     def checked_plan(self, model: nn.Module, context: CompressionContext) -> CompressionPlan:
         """The plan, or an error where it would change nothing."""
@@ -313,20 +332,37 @@ class _Selection:
 
     def __init__(self, method: CompressionMethod, model: nn.Module) -> None:
         self.include, self.exclude = method.include, method.exclude or []
-        names = [name for name, _ in model.named_modules() if name]
-        for option, patterns in (("include", self.include or []), ("exclude", self.exclude)):
-            for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name in names):
-                    raise ModelError(f"The {option} pattern {pattern!r} matches no layer. {known(pattern, names)}")
+        check_patterns(model, "include", self.include or [])
+        check_patterns(model, "exclude", self.exclude)
 
     def __call__(self, name: str) -> str | None:
-        parts = name.split(".")
-        lineage = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
-        if pattern := next((p for p in self.exclude if any(fnmatchcase(n, p) for n in lineage)), None):
+        if pattern := next((p for p in self.exclude if matches(name, p)), None):
             return f"excluded by {pattern!r}"
-        if self.include is not None and not any(fnmatchcase(n, p) for n in lineage for p in self.include):
+        if self.include is not None and not any(matches(name, p) for p in self.include):
             return "not in include"
         return None
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob pattern matches a module's name, or that of a module around it.
+
+    >>> matches("encoder.0.linear", "encoder.*"), matches("head", "encoder.*")
+    (True, False)
+    """
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[: depth + 1]), pattern) for depth in range(len(parts)))
+
+
+def check_patterns(model: nn.Module, option: str, patterns: Iterable[str]) -> None:
+    """Checks that each pattern matches a module.
+
+    Raises:
+        ModelError: one does not.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ModelError(f"The {option} pattern {pattern!r} matches no layer. {known(pattern, names)}")
 
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:

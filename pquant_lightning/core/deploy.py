@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from pquant_lightning.core._private import MODULE_TABLE, TENSOR_TABLES, shallow_copy
@@ -104,7 +105,7 @@ def _share_derived(final: CompressedLayer, owner_name: str, owner: CompressedLay
     tied = {}
     for tensor_name in final.derived_tensors:
         mine, other = getattr(final, tensor_name), getattr(owner, tensor_name, None)
-        if isinstance(other, Tensor) and other.shape == mine.shape and final.spec.get("bits") == owner.spec.get("bits"):
+        if isinstance(other, Tensor) and other.shape == mine.shape and (mine.is_meta or torch.equal(other, mine)):
             setattr(final, tensor_name, other)
             tied[tensor_name] = f"{owner_name}.{tensor_name}"
     if tied:

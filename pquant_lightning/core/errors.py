@@ -20,6 +20,10 @@ class CheckpointError(PQuantError):
     """A file is damaged, foreign, hostile, or does not fit the model or the callbacks."""
 
 
+class CalibrationError(PQuantError):
+    """The calibration data are empty, do not fit the model, or make it give values that are not finite."""
+
+
 class CallbackOrderError(PQuantError):
     """The callbacks stand in an order in which they would undo or miss each other's work."""
 

@@ -31,7 +31,10 @@ SUPPORTED: dict[type[nn.Module], tuple[str, ...]] = {
     nn.ConvTranspose3d: _CONV_TRANSPOSE,
     nn.Embedding: _EMBEDDING,
 }
-_BY_NAME = {cls.__name__: cls for cls in SUPPORTED}
+_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+# norms that can be folded away; described and built like layers, and not compressed by themselves
+NORMS: dict[type[nn.Module], tuple[str, ...]] = dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _NORM)
+_BY_NAME = {cls.__name__: cls for cls in (*SUPPORTED, *NORMS)}
 _ADAPTERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
 
 
@@ -80,7 +83,7 @@ def as_torch(layer: nn.Module) -> nn.Module | None:
     if type(equivalent) not in SUPPORTED:
         raise PQuantError(
             f"The adapter of {type(layer).__name__} gave a {type(equivalent).__name__}; it must give one of "
-            f"{', '.join(_BY_NAME)}."
+            f"{', '.join(cls.__name__ for cls in SUPPORTED)}."
         )
     if not any(parameter.requires_grad for parameter in layer.parameters()):
         equivalent.requires_grad_(False)
@@ -97,8 +100,16 @@ def layer_info(layer: nn.Module) -> LayerInfo:
     return LayerInfo(type(layer).__name__, tuple(weight.shape), config)
 
 
+def channel_dim(layer: nn.Module) -> int:
+    """The dimension of a layer's input that holds its channels: -1, or before the spatial ones of a convolution."""
+    spatial = len(getattr(layer, "kernel_size", ()))
+    return -1 - spatial
+
+
 def layer_spec(layer: nn.Module) -> dict[str, Any]:
-    """The structure of an ordinary layer as JSON-able data; `build_layer` reads it."""
+    """The structure of an ordinary layer, or of a norm, as JSON-able data; `build_layer` reads it."""
+    if type(layer) in NORMS:
+        return {"type": type(layer).__name__, **{name: getattr(layer, name) for name in _NORM}}
     info = layer_info(layer)
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in info.config.items()}
     return {"type": info.type, **config}

@@ -70,11 +70,13 @@ def materialize(layer: nn.Module, replaced: nn.Module | None) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             adopted = available.get(f"{module_name}.{name}" if module_name else name)
             if adopted is None or adopted.shape != parameter.shape:
-                empty = torch.empty(parameter.shape, dtype=reference.dtype, device=reference.device)
+                kept = name in getattr(module, "float32_tensors", ())
+                dtype = torch.float32 if kept else reference.dtype
+                empty = torch.empty(parameter.shape, dtype=dtype, device=reference.device)
                 adopted = nn.Parameter(empty, requires_grad=reference.requires_grad)
             setattr(module, name, adopted)
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, _placed(buffer, reference, name in getattr(module, "float32_buffers", ())))
+            setattr(module, name, _placed(buffer, reference, name in getattr(module, "float32_tensors", ())))
 
 
 def _placed(buffer: Tensor, reference: Tensor, keeps_dtype: bool) -> Tensor:

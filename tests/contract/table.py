@@ -14,7 +14,14 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from pquant_lightning import CompressionMethod, CompressionMethodRegistry, CompressionPlan, LowRankCallback, QATCallback
+from pquant_lightning import (
+    CompressionMethod,
+    CompressionMethodRegistry,
+    CompressionPlan,
+    LowRankCallback,
+    PTQCallback,
+    QATCallback,
+)
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext
 from tests.models import MODELS, Inputs, SmallModule, built
@@ -49,6 +56,13 @@ TABLE: dict[str, MethodRows] = {
         tolerance=1e-5,
         ladder=tuple({"rank": rank, "min_saving": 0.0} for rank in (1, 4, 8)),
     ),
+    "ptq": MethodRows(
+        PTQCallback,
+        rows=({"bits": 8}, {"scheme": "dynamic"}, {"bits": 4, "scheme": "weight_only", "group_size": 8}),
+        lossless={"bits": 8, "scheme": "weight_only", "min_saving": 0.0},
+        tolerance=0.02,
+        ladder=tuple({"bits": bits, "scheme": "weight_only", "min_saving": 0.0} for bits in (2, 4, 8)),
+    ),
     "qat": MethodRows(
         QATCallback,
         rows=({"bits": 8}, {"bits": 4}, {"weight_bits": 3, "act_bits": 16}),
@@ -62,7 +76,9 @@ TABLE: dict[str, MethodRows] = {
 def registered_methods() -> list[str]:
     """Names of the package's own methods; toys that tests register and installed plug-ins are left out."""
     registry = CompressionMethodRegistry
-    return [n for n in registry.list_available() if registry.get_class(n).__module__.startswith("pquant_lightning.")]
+    families = {"quantization"}  # names of configurations that make one of the methods
+    names = [name for name in registry.list_available() if name not in families]
+    return [n for n in names if registry.get_class(n).__module__.startswith("pquant_lightning.")]
 
 
 @dataclass(frozen=True)
@@ -142,9 +158,11 @@ def over_methods() -> Any:
 def apply_method(method: CompressionMethod, model: nn.Module, by: str = "test") -> CompressionPlan:
     """Plans and applies by hand; the row is worth nothing unless every planned layer has changed."""
     before = copy.deepcopy(model)
-    context = CompressionContext(by=by)
+    data = model.loader() if isinstance(model, SmallModule) else None
+    context = CompressionContext(by=by, samples=method.samples_of(data))
     plan = method.plan(model, context)
     method.apply(model, plan, context)
+    method.calibrate(model, context)
     assert plan.layers, plan
     for entry in plan.layers:
         old, new = before.get_submodule(entry.name), model.get_submodule(entry.name)

@@ -100,7 +100,7 @@ def test_repeated_fits_of_a_stack_keep_the_structure(tmp_path: Path, decisions: 
         structures.append(specs_of(fit(quiet_trainer(tmp_path / str(len(structures)), callbacks), model)))
 
     assert structures[0]["fc1"]["kind"] == "low_rank_linear"
-    assert structures[0]["head"]["kind"] == "qat_linear"
+    assert structures[0]["head"]["kind"] == "quant_linear"
     assert structures[1:] == structures[:1] * 3
     assert decisions.plans == 2
 

@@ -7,6 +7,7 @@ import torch
 
 from pquant_lightning import CompressedModule, LowRankCallback, finalize, load_compressed, prepare
 from pquant_lightning.core.compressed_layer import compressed_layers, read_specs
+from pquant_lightning.core.compression_method import CompressionContext
 from tests.contract.conftest import EPOCHS, Decisions, Fitted, checkpointer, fresh_model, resume
 from tests.contract.table import Case, output, same_state, same_tensors, specs_of
 from tests.models import MLP, MODELS, fit, quiet_trainer
@@ -34,6 +35,10 @@ def test_the_best_checkpoint_is_the_artefact(fitted: Fitted) -> None:
 
     assert compressed_layers(best)
     assert specs_of(best) == specs_of(fitted.model)
+    for callback in fitted.callbacks:
+        if not callback.method.trains:
+            samples = callback.method.samples_of(best.loader(seed=0))
+            callback.method.calibrate(best, CompressionContext(by=callback.state_key, samples=samples))
     assert same_state(finalize(best), deployed)
 
 
@@ -58,8 +63,12 @@ def test_the_mixin_gives_plain_load_from_checkpoint(fitted: Fitted) -> None:
 @pytest.mark.parametrize("form", ["fresh", "training_form", "finalized"])
 def test_test_with_a_checkpoint(fitted: Fitted, form: str, tmp_path: Path, decisions: Decisions) -> None:
     fresh = fresh_model(fitted.case, seed=1)
-    other = load_compressed(MODELS[fitted.case.model], fitted.checkpoint(epoch=0))
-    model = {"fresh": fresh, "training_form": other, "finalized": finalize(other)}[form]
+    calibrated_late = any(
+        not callback.method.trains and callback.method.wanted_samples for callback in fitted.callbacks
+    )
+    epoch = EPOCHS - 1 if form == "finalized" and calibrated_late else 0  # it cannot be finalized before
+    other = load_compressed(MODELS[fitted.case.model], fitted.checkpoint(epoch))
+    model = fresh if form == "fresh" else finalize(other) if form == "finalized" else other
     loader = model.loader(seed=2)
     (expected,) = quiet_trainer(tmp_path).test(fitted.model, loader, verbose=False)
 
@@ -121,4 +130,6 @@ def test_best_is_found_by_name(fitted: Fitted, tmp_path: Path) -> None:
 
     stored = torch.load(best, weights_only=True)["state_dict"]
     assert specs_of(model) == read_specs(stored)
-    assert same_tensors(model.state_dict(), stored)
+    measured = {} if fitted.callbacks[-1].method.trains else {key for key in stored if ".act_" in key}
+    trained = {key: value for key, value in stored.items() if key not in measured}  # what was measured since stays
+    assert same_tensors({key: value for key, value in model.state_dict().items() if key not in measured}, trained)

@@ -11,7 +11,7 @@ def test_ranks_end_bitwise_in_sync_and_resume(tmp_path: Path) -> None:
     zero, one = both_ranks("fit_ddp", tmp_path)
     assert zero["kinds"]
     assert "low_rank_conv" in zero["kinds"].values()
-    assert "qat_linear" in zero["kinds"].values()
+    assert "quant_linear" in zero["kinds"].values()
     assert one["kinds"] == zero["kinds"]
     assert one["digest"] == zero["digest"]
     assert (zero["counts"]["plan"], one["counts"].get("plan", 0)) == (1, 0)

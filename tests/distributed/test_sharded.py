@@ -11,7 +11,7 @@ from tests.distributed.launch import both_ranks
 def test_fit_test_and_resume(tmp_path: Path, arguments: list[str]) -> None:
     zero, one = both_ranks("fit_sharded", tmp_path, *arguments)
     assert zero["kinds"]["fc1"] == "low_rank_linear"
-    assert zero["kinds"]["fc1.first"] == "qat_linear"
+    assert zero["kinds"]["fc1.first"] == "quant_linear"
     assert zero["resumed_kinds"] == zero["kinds"]
     assert zero["tested_equal"]
     assert zero["moved"]

@@ -17,5 +17,5 @@ def test_with_prepare_the_calling_process_has_the_compressed_model(tmp_path: Pat
     assert finished.returncode == 0, finished.stderr[-3000:]
     found = json.loads((tmp_path / "main.json").read_text())
     assert found["kinds"]["fc1"] == "low_rank_linear"
-    assert found["kinds"]["fc1.first"] == "qat_linear"
+    assert found["kinds"]["fc1.first"] == "quant_linear"
     assert found["difference"] < 1e-5

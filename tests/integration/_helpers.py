@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from pquant_lightning import CompressedLayer, LowRankCallback, QATCallback
 
 LOW_RANK = {"fc1": "low_rank_linear", "fc2": "low_rank_linear"}  # at rank 4, `head` would not get smaller
-QAT = {"fc1": "qat_linear", "fc2": "qat_linear", "head": "qat_linear"}
+QAT = {"fc1": "quant_linear", "fc2": "quant_linear", "head": "quant_linear"}
 STACK = {
     **LOW_RANK,
-    "fc1.first": "qat_linear",
-    "fc1.second": "qat_linear",
-    "fc2.first": "qat_linear",
-    "fc2.second": "qat_linear",
-    "head": "qat_linear",
+    "fc1.first": "quant_linear",
+    "fc1.second": "quant_linear",
+    "fc2.first": "quant_linear",
+    "fc2.second": "quant_linear",
+    "head": "quant_linear",
 }
 
 

@@ -152,7 +152,7 @@ class TestFitAgain:
             with torch.no_grad():
                 model.head.weight.copy_(torch.ones(4, 1) @ torch.ones(1, 24))
         assert seen[0]["fc1"]["kind"] == "low_rank_linear"
-        assert seen[0]["head"]["kind"] == "qat_linear"
+        assert seen[0]["head"]["kind"] == "quant_linear"
         assert seen == [seen[0]] * 5
 
     def test_callbacks_serve_a_second_model(self, tmp_path: Path) -> None:

@@ -156,8 +156,8 @@ class TestShared:
     def test_a_tied_weight_stays_tied_through_quantization(self, tmp_path: Path) -> None:
         trainer = quiet_trainer(tmp_path, stack()[1:])
         model = fit(trainer, TiedTransformer())
-        assert kinds(model)["embed"] == "qat_embedding"
-        assert kinds(model)["head"] == "qat_linear"
+        assert kinds(model)["embed"] == "quant_embedding"
+        assert kinds(model)["head"] == "quant_linear"
         assert model.head.weight is model.embed.weight
         trainer.save_checkpoint(tmp_path / "tied.ckpt")
         resumed = fit(
@@ -188,7 +188,7 @@ class TestTransformer:
     def test_eval_equals_train(self, tmp_path: Path, padded: bool, mode: Any) -> None:
         model = fit(quiet_trainer(tmp_path, stack()), built(Transformer))
         assert kinds(model)["encoder.layers.0.linear1"] == "low_rank_linear"
-        assert kinds(model)["encoder.layers.0.linear1.first"] == "qat_linear"
+        assert kinds(model)["encoder.layers.0.linear1.first"] == "quant_linear"
         tokens, mask = Transformer.inputs()
         inputs = (tokens, mask) if padded else (tokens,)
         for layer in model.modules():

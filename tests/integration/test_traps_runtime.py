@@ -42,7 +42,7 @@ def test_ranges_stay_float32_in_every_precision(tmp_path: Path, precision: Any) 
     assert final.head.scale.dtype == torch.float32
     x = MLP.inputs()[0].to(dtype)
     assert final(x).dtype == dtype
-    torch.testing.assert_close(final(x), model.eval()(x))
+    torch.testing.assert_close(final(x), model.eval()(x), rtol=0.05, atol=4e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
@@ -100,7 +100,7 @@ def test_neither_sanity_check_nor_validation_feeds_the_observers(tmp_path: Path)
     (x,), target = MLP.inputs(32), torch.zeros(32, dtype=torch.long)
     huge = DataLoader(TensorDataset(1e6 * x, target), batch_size=8)
     seen, model = RangesBeforeTraining(), MLP()
-    trainer = quiet_trainer(tmp_path, [QATCallback(), seen], max_epochs=2, num_sanity_val_steps=2)
+    trainer = quiet_trainer(tmp_path, [QATCallback(num_samples=0), seen], max_epochs=2, num_sanity_val_steps=2)
     trainer.fit(model, MLP.loader(), huge)
     assert kinds(model) == QAT
     assert "val_loss" in trainer.callback_metrics
@@ -135,7 +135,7 @@ def test_a_compiled_submodule_is_compressed_inside(tmp_path: Path, caplog: pytes
     model = fit(trainer, CompiledMLP())
     inside = {name: kind for name, kind in kinds(model).items() if name.startswith("fc2.")}
     assert inside["fc2._orig_mod.0"] == inside["fc2._orig_mod.2"] == "low_rank_linear"
-    assert inside["fc2._orig_mod.0.first"] == "qat_linear"
+    assert inside["fc2._orig_mod.0.first"] == "quant_linear"
     assert_all_trained(model, start)
 
     trainer.save_checkpoint(tmp_path / "compiled.ckpt")

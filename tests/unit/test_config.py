@@ -71,8 +71,8 @@ def test_save_checks_first(tmp_path):
 @pytest.mark.parametrize("give", [lambda path: path, str, ConfigManager.load_config], ids=["path", "str", "dict"])
 def test_a_configuration_is_run(path, give):
     model = compress_model(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), give(path))
-    assert (model[0].kind, model[0].first.kind) == ("low_rank_linear", "qat_linear")
-    assert (model[0].spec["rank"], model[0].first.spec["bits"]) == (8, 4)
+    assert (model[0].kind, model[0].first.kind) == ("low_rank_linear", "quant_linear")
+    assert (model[0].spec["rank"], model[0].second.spec["bits"]) == (8, 4)
 
 
 def test_methods_in_a_wrong_order_show_the_right_one():

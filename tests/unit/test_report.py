@@ -62,6 +62,7 @@ def test_quantized_conv_net():
     """int8 codes, a float32 scale per output channel, two float32 numbers of input range."""
     model = ConvNet()
     trained = compress_model(model, "qat", bits=8)
+    trained(torch.randn(2, 4, 9, 9))
     report = compression_report(model, trained, torch.randn(2, 4, 9, 9))
     layers = _by_name(report)
     conv1, conv2, head = 16 * 2 * 9, 32 * 16 * 9, 32 * 10
@@ -100,8 +101,9 @@ def test_the_bytes_are_those_of_the_tensors_in_the_file(tmp_path):
 def test_low_rank_and_quantized():
     model = _mlp()
     stacked = compress_model(compress_model(model, "low_rank", rank=8, exclude=["2"]), "qat", exclude=["2"])
+    stacked(torch.randn(4, 64))
     layer = _by_name(compression_report(model, stacked))["0"]
-    assert layer.method == "low rank 8 + 8-bit weights, 8-bit inputs"
+    assert layer.method == "low rank 8 + 8-bit weights, 8-bit static inputs"
     assert layer.size_bytes[1] == (64 * 8 + 4 * (8 + 2)) + (8 * 100 + 4 * (100 + 100 + 2))
 
 
@@ -122,7 +124,7 @@ def test_tied_weights_are_counted_once():
     model = Tied()
     trained = compress_model(model, "qat", act_bits=16)
     report = compression_report(model, trained, torch.tensor([[1, 2, 3]]))
-    assert (trained.embed.kind, trained.head.kind) == ("qat_embedding", "qat_linear")
+    assert (trained.embed.kind, trained.head.kind) == ("quant_embedding", "quant_linear")
     assert report.params == (50 * 16 + 50, 50 * 16 + 50)
     assert report.size_bytes == (4 * (50 * 16 + 50), 50 * 16 + 4 * (50 + 50))
     assert report.macs == (3 * 16 * 50, 3 * 16 * 50)

@@ -118,7 +118,7 @@ class Tied(nn.Module):
 
 def test_a_tie_survives_qat():
     model = _compressed(Tied(), QATCompression())
-    assert (model.embed.kind, model.head.kind) == ("qat_embedding", "qat_linear")
+    assert (model.embed.kind, model.head.kind) == ("quant_embedding", "quant_linear")
     assert model.head.weight is model.embed.weight
 
 

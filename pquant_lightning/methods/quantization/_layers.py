@@ -1,235 +1,413 @@
-"""Quantized layers: the training form (float master weight, fake-quantized) and the deployed form (int8 codes).
+"""The training form of quantized layers: a float master weight, fake-quantized in the forward or kept for later.
 
-Both forms of a layer share one forward; they differ in where the weight comes from.
+Both quantization methods use these kinds. Post-training quantization runs them in floating point, where they only
+remember what calibration has measured; quantization-aware training rounds. `finalized` gives the integer form.
 """
 
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pquant_lightning.core.affine import (
+    Grid,
+    affine_scale,
+    blocks,
     dequantize,
     fake_quantize_activation,
     fake_quantize_weight,
+    learned_fake_quantize_activation,
+    learned_fake_quantize_weight,
+    learned_grid,
+    make_grid,
+    mse_scale,
     symmetric_codes,
     symmetric_scale,
+    unblock,
 )
+from pquant_lightning.core.calibration import InputStatistics
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage
+from pquant_lightning.methods.quantization import _integer
+from pquant_lightning.methods.quantization._forms import (
+    FLOAT,
+    Conv1dForm,
+    Conv2dForm,
+    Conv3dForm,
+    ConvTranspose1dForm,
+    ConvTranspose2dForm,
+    ConvTranspose3dForm,
+    LinearForm,
+    describe,
+    layer_config,
+)
 
 RANGE_MOMENTUM = 0.01  # of the moving average of the inputs' minimum and maximum, as in torch's observers
 
 
-class _Quantized(CompressedLayer, stage=Stage.QUANTIZE):
-    """A layer with a quantized weight (per output channel, symmetric) and input (per tensor, affine).
+class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
+    """Base of the training form. What its spec says:
+
+    * `bits`, `act_bits`: of weights and inputs in the end; 16 leaves them alone. `act`: "static" or "dynamic" grids, or
+      None for inputs in floating point. `kernel`: "integer", or why not.
+    * `trains`: whether the forward rounds. `weight_quantizer`: "ste", or "lsq" with a learned `weight_scale`
+      `(channels, 1)`. `act_quantizer`: "ste" over a moving `act_range`, or "lsq" or "pact" with a learned `act_scale`.
+    * `range`: "max" or "mse", the scale of weights that learn none. `group_size`: values that share a scale.
+    * `norm`: path, from this layer, of the batch norm to be folded in. `correct_bias`: whether `act_mean` is kept.
+    * `schedule`: of training, see `QATCompression`; where bits change over it, those in force are in `active_bits`.
+    * `scale_lr`: learning rate of learned scales, relative to that of the weights.
 
     Attributes:
-        act_range: float32 `(2,)`, moving minimum and maximum of the inputs; (inf, -inf) before the first batch.
+        act_range: float32 `(2,)`, minimum and maximum of the inputs; (inf, -inf) before they are known.
+        act_mean: float32 `(in,)`, mean of the inputs per channel.
+        active_bits: float32 `(2,)`, bits of weights and inputs that are in force.
+        act_scale: `(1,)`, learned; 0 before it is known.
+        act_zero: `(1,)`, zero point, learned with LSQ.
     """
 
-    act_range: Tensor
+    axis: ClassVar[int]  # the channel dimension of the weight
+    float32_tensors = ("act_range", "act_mean", "active_bits", "weight_scale", "act_scale", "act_zero")
+    deployed_type: ClassVar[type[_integer.IntLayer]]
     weight: Tensor
-    _observed: bool
+    weight_scale: Tensor
+    act_range: Tensor
+    act_mean: Tensor
+    active_bits: Tensor
+    act_scale: Tensor
+    act_zero: Tensor
+    _bits: tuple[int, int]
+    _cache: Any
+    _known: bool | None
+    observing: bool  # whether training moves `act_range`
+    folded: tuple[Tensor, Tensor] | None  # factor and shift of the norm to be folded in, while the model is deployed
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], replaced: nn.Module | None) -> Self:
-        config = {key: tuple(v) if isinstance(v, list) else v for key, v in spec["layer"].items() if key != "type"}
-        layer = cls(**config)
-        if spec["act_bits"] < 16:
-            layer.register_buffer("act_range", torch.tensor([torch.inf, -torch.inf], dtype=torch.float32, device="cpu"))
-        layer._observed = False
+        if any(spec[name] not in (*range(2, 9), FLOAT) for name in ("bits", "act_bits")):
+            raise ValueError(f"bits are 2 to 8 or 16, got {spec['bits']!r} and {spec['act_bits']!r}")
+        layer = cls(**layer_config(spec))
+        layer.observing = True
+        layer.folded = None
+        layer._bits = (spec["bits"], spec["act_bits"]) if spec["trains"] else (FLOAT, FLOAT)
+        layer._cache = None
+        layer._known = None
+        if spec["weight_quantizer"] == "lsq":
+            layer.weight_scale = nn.Parameter(torch.empty(layer.weight.shape[cls.axis], 1))
+        if spec["act"] == "static":
+            if spec["act_quantizer"] == "ste":
+                unknown = torch.tensor([torch.inf, -torch.inf], dtype=torch.float32, device="cpu")
+                layer.register_buffer("act_range", unknown)
+            else:
+                layer.act_scale = nn.Parameter(torch.empty(1))
+                zero = torch.zeros(1, dtype=torch.float32, device="cpu")
+                if spec["act_quantizer"] == "lsq":
+                    layer.act_zero = nn.Parameter(torch.empty(1))
+                else:
+                    layer.register_buffer("act_zero", zero)
+        if spec["correct_bias"]:
+            channels = spec["layer"].get("in_features") or spec["layer"]["in_channels"]
+            layer.register_buffer("act_mean", torch.zeros(channels, dtype=torch.float32, device="cpu"))
+        if spec["schedule"] and spec["schedule"]["moves"]:
+            layer.register_buffer("active_bits", torch.tensor([FLOAT, FLOAT], dtype=torch.float32, device="cpu"))
+            layer._bits = (FLOAT, FLOAT)
         return layer
+
+    # -- forward -----------------------------------------------------------------------------------------------------
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input on its grid; unchanged before any range is known (a sanity check before the first batch)."""
-        bits = self.spec["act_bits"]
-        if bits == 16:
+        spec, bits = self.spec, self._bits[1]
+        if spec["act"] != "static" or not spec["trains"]:
             return x
-        if self.training:
-            self.observe(x)
-        if not self._observed and not self._check_observed():
-            return x
-        return fake_quantize_activation(x, self.act_range[0], self.act_range[1], bits)
+        if spec["act_quantizer"] != "ste":
+            return self._learned_input(x, bits)
+        exceeds = self.observe(x) if self.training and self.observing else True
+        grid = None if bits == FLOAT else self.input_grid(bits)
+        return x if grid is None else fake_quantize_activation(x, grid, exceeds)
 
-    def observe(self, x: Tensor) -> None:
-        """Moves the range towards this batch's minimum and maximum over all processes."""
+    def _learned_input(self, x: Tensor, bits: int) -> Tensor:
+        if not self.known and self.training and x.numel():
+            self.set_range(*(float(value) for value in torch.aminmax(x.detach())))
+        if bits == FLOAT or not self.known:
+            return x + 0 * (self.act_scale + self.act_zero).sum() if self.training else x
+        rounding = self.spec["act_quantizer"] == "lsq"
+        return learned_fake_quantize_activation(x, self.act_scale, self.act_zero, bits, rounding)
+
+    def observe(self, x: Tensor) -> bool:
+        """Moves the range towards this batch's minimum and maximum over all processes.
+
+        Returns:
+            Whether a value may lie outside the range.
+        """
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if x.numel() == 0 and not distributed:
-            return
+            return False
         with torch.no_grad():
             low, high = torch.aminmax(x.detach()) if x.numel() else (x.new_tensor(torch.inf), x.new_tensor(-torch.inf))
             extremes = torch.stack([-low, high]).float()
             if distributed:
                 torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
             extremes[0].neg_()
-            if self._observed or self._check_observed():
+            if self.known:
                 self.act_range.lerp_(extremes, RANGE_MOMENTUM)
             else:
                 self.act_range.copy_(extremes)
-                self._observed = True
+                self._known = True
+            if extremes.is_cuda or torch.compiler.is_compiling():
+                return True
+            (batch_low, batch_high), (low, high) = extremes.tolist(), self.act_range.tolist()
+            return bool(batch_low < min(low, 0.0) or batch_high > max(high, 0.0))
 
-    def _check_observed(self) -> bool:
-        self._observed = not self.act_range.is_meta and bool(self.act_range[0] <= self.act_range[1])
-        return self._observed
+    @property
+    def known(self) -> bool:
+        """Whether the range of the inputs is known, by calibration or from a batch; on "meta", whether it may be."""
+        if self._known is None:
+            learned = hasattr(self, "act_scale")
+            measured = self.act_scale if learned else getattr(self, "act_range", None)
+            if measured is None or measured.is_meta:
+                return True
+            found = bool(measured != 0) if learned else bool(measured[0] <= measured[1])
+            self._known = found or None
+            return found
+        return self._known
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.spec["act_bits"] < 16:
-            self._check_observed()
+    def input_grid(self, bits: int) -> Grid | None:
+        """The static grid of the inputs; None before it is known."""
+        if not self.known or self.weight.is_meta:
+            return None
+        if hasattr(self, "act_scale"):
+            return learned_grid(self.act_scale, self.act_zero, bits)
+        if self.act_range.is_cuda or torch.compiler.is_compiling():
+            return make_grid(*affine_scale(self.act_range[0], self.act_range[1], bits), bits)
+        key = (*self.act_range.tolist(), bits)
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, make_grid(*affine_scale(self.act_range[0], self.act_range[1], bits), bits))
+        return self._cache[1]
 
-    def described(self) -> str:
-        acts = f", {self.spec['act_bits']}-bit inputs" if self.spec["act_bits"] < 16 else ""
-        return f"{self.spec['bits']}-bit weights{acts}"
-
-
-class _FakeQuantized(_Quantized):
-    """Training form: the float weight under its own name, rounded in every forward."""
-
-    float32_buffers = ("act_range",)
-    deployed_kind: ClassVar[str]
+    def quantized_weight(self) -> Tensor:
+        """The weight on the grid in force."""
+        bits = self._bits[0]
+        if hasattr(self, "weight_scale"):
+            if bits == FLOAT:
+                return self.weight + 0 * self.weight_scale.sum() if self.training else self.weight
+            return learned_fake_quantize_weight(self.weight, self.weight_scale, bits, self.axis)
+        return self.weight if bits == FLOAT else fake_quantize_weight(self.weight, bits, self.axis)
 
     def dense_weight(self) -> Tensor:
+        if self.spec["trains"] or self.spec["bits"] == FLOAT:
+            return self.quantized_weight()
+        return dequantize(*self.weight_codes(), self.axis).to(self.weight.dtype)
+
+    @property
+    def bits_in_force(self) -> tuple[int, int]:
+        """Bits of weights and inputs that the forward rounds to; 16 = not at all."""
+        return self._bits
+
+    # -- calibration and schedule ------------------------------------------------------------------------------------
+
+    def miss_range(self) -> None:
+        """The inputs have not been seen, and may never be."""
+        self._known = self.spec["act"] != "static"
+
+    def set_range(self, low: float, high: float) -> None:
+        """Takes over a measured range of the inputs; PACT, with one clipping level, takes a signed one symmetric."""
+        limits = torch.tensor([low, high], device=self.weight.device)
+        with torch.no_grad():
+            if not hasattr(self, "act_scale"):
+                self.act_range.copy_(limits)
+            else:
+                if self.spec["act_quantizer"] == "pact" and low < 0:
+                    limits = limits.abs().max() * torch.tensor([-1.0, 1.0], device=limits.device)
+                scale, zero_point = affine_scale(limits[0], limits[1], self.spec["act_bits"])
+                self.act_scale.copy_(scale)
+                self.act_zero.copy_(zero_point)
+        self._known = True
+
+    def set_statistics(self, found: InputStatistics, limits: tuple[float, float]) -> None:
+        """Takes over what calibration has measured, and the range chosen from it."""
+        if hasattr(self, "act_range") or hasattr(self, "act_scale"):
+            self.set_range(*limits)
+        if hasattr(self, "act_mean"):
+            self.act_mean.copy_(found.mean)
+
+    def set_bits(self, weight_bits: int, act_bits: int) -> None:
+        """Puts bits in force: the weight's learned scale starts anew, the inputs' keeps its range."""
+        old_weight, old_act = self._bits
+        old_act = self.spec["act_bits"] if old_act == FLOAT else old_act
+        with torch.no_grad():
+            if hasattr(self, "weight_scale") and weight_bits not in (old_weight, FLOAT):
+                self.weight_scale.copy_(mse_scale(blocks(self.weight, self.axis), weight_bits))
+            if hasattr(self, "act_scale") and act_bits not in (old_act, FLOAT):
+                ratio = (2**old_act - 1) / (2**act_bits - 1)
+                self.act_scale.mul_(ratio)
+                self.act_zero.div_(ratio)
+            self.active_bits.copy_(torch.tensor([weight_bits, act_bits]))
+        self._bits = (weight_bits, act_bits)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.get(f"{prefix}act_range")
+        if self.known and not self.spec["trains"] and stored is not None and bool(stored[0] > stored[1]):
+            # a checkpoint from before the calibration at the end of fit: what has been measured since stays
+            measured = ("act_range", "act_mean")
+            kept = {f"{prefix}{key}": getattr(self, key).clone() for key in measured if hasattr(self, key)}
+            state_dict = {**state_dict, **kept}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._known = None
+        if self.spec["trains"] and not self.weight.is_meta:
+            self._known = self.known
+        if hasattr(self, "active_bits") and not self.active_bits.is_meta:
+            weight_bits, act_bits = (round(bits) for bits in self.active_bits.tolist())
+            self._bits = (FLOAT if weight_bits > 8 else weight_bits, FLOAT if act_bits > 8 else act_bits)
+
+    def parameter_options(self) -> dict[str, dict[str, float]]:
+        learned = [name for name in ("weight_scale", "act_scale", "act_zero") if name in self._parameters]
+        return {name: {"lr": self.spec["scale_lr"], "weight_decay": 0.0} for name in learned}
+
+    # -- deployment --------------------------------------------------------------------------------------------------
+
+    def weight_codes(self) -> tuple[Tensor, Tensor]:
+        """int8 codes of the weight's shape, and float32 scales `(channels, groups)`."""
+        values = blocks(self.weight.detach(), self.axis, self.spec["group_size"])
         bits = self.spec["bits"]
-        return self.weight if bits == 16 else fake_quantize_weight(self.weight, bits)
+        if hasattr(self, "weight_scale"):
+            scale = self.weight_scale.detach().float().abs().clamp_min(torch.finfo(torch.float32).tiny)
+        else:
+            scale = (mse_scale if self.spec["range"] == "mse" else symmetric_scale)(values, bits)
+        return unblock(symmetric_codes(values, scale, bits), self.weight.shape, self.axis).to(torch.int8), scale
+
+    @property
+    def deployable(self) -> bool:
+        """Whether there are integers to deploy: not for 16-bit weights, nor where calibration never saw an input."""
+        return bool(self.spec["bits"] < FLOAT and (self.known or self.spec["trains"]))
 
     def finalized(self) -> nn.Module:
-        if self.spec["bits"] == 16:
-            return self
-        final = CompressedLayer.build({**self.spec, "kind": self.deployed_kind}, self)
-        assert isinstance(final, _Integer)
-        with torch.no_grad():
-            final.set_codes(self.weight)
-            if self.spec["act_bits"] < 16:
-                final.act_range = self.act_range.clone()
-                final._observed = self._observed
-            bias = getattr(self, "bias", None)
-            if bias is not None:
-                final.bias = bias.detach().clone()
-        return final
+        return _deploy(self) if self.deployable else self
+
+    def described(self) -> str:
+        if self._known is False and not self.deployable and self.spec["bits"] < FLOAT:
+            return "floating point: calibration has not reached it"
+        return describe(self.spec)
 
 
-class _Integer(_Quantized):
-    """Deployed form: int8 codes with a float32 scale per output channel; nothing trains.
+def _deploy(layer: QuantLayer) -> nn.Module:
+    """The integer form: codes, scales, and a bias that holds bias correction and the folded norm.
 
-    Attributes:
-        codes: int8, the shape of the weight.
-        scale: float32 `(out,)`.
-        like: empty, not stored; its dtype is the dtype of the layer's output.
+    A scale per channel commutes with a factor per channel, so that folding a norm multiplies scales, not codes: the
+    codes are those that training saw.
     """
-
-    deployed = True
-    float32_buffers = ("act_range", "scale")
-    parameter_buffers = ("codes", "bias")
-    derived_tensors = ("codes", "scale")
-    codes: Tensor
-    scale: Tensor
-    like: Tensor
-
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any], replaced: nn.Module | None) -> Self:
-        layer = super().from_spec(spec, replaced)
-        shape, bias = layer.weight.shape, getattr(layer, "bias", None)
-        del layer.weight
-        layer.register_buffer("codes", torch.empty(shape, dtype=torch.int8))
-        layer.register_buffer("scale", torch.empty(shape[0], dtype=torch.float32))
-        layer.register_buffer("like", torch.empty(0), persistent=False)
-        if bias is not None:
-            del layer.bias
-            layer.register_buffer("bias", torch.empty_like(bias, requires_grad=False))
-        return layer
-
-    def set_codes(self, weight: Tensor) -> None:
-        """Rounds a float weight to codes and scales."""
-        self.scale = symmetric_scale(weight, self.spec["bits"])
-        self.codes = symmetric_codes(weight, self.scale)
-
-    def dense_weight(self) -> Tensor:
-        return dequantize(self.codes, self.scale, self.like.dtype)
+    spec = layer.spec
+    static = spec["act"] == "static" and layer.known
+    grid = layer.input_grid(spec["act_bits"]) if static else None
+    codes, scale = layer.weight_codes()
+    bias = getattr(layer, "bias", None)
+    bias = None if bias is None else bias.detach().float()
+    if spec["correct_bias"]:
+        bias = _corrected(layer, codes, scale, bias)
+    if layer.folded is not None:
+        factor, shift = layer.folded
+        bias = shift if bias is None else bias * factor + shift
+        codes = codes * factor.sign().to(torch.int8).reshape([-1 if d == layer.axis else 1 for d in range(codes.dim())])
+        scale = scale * factor.abs()[:, None]
+    kept = {key: spec[key] for key in ("by", "layer", "bits", "act_bits", "act", "group_size", "kernel", "version")}
+    if spec["act"] == "static" and not static:
+        kept.update(act_bits=FLOAT, act=None, kernel="dequantize: no input has been seen")
+    dtype = str(layer.weight.dtype).removeprefix("torch.")
+    extra = {"kind": layer.deployed_type.kind, "has_bias": bias is not None, "dtype": dtype}
+    carried = {"group": spec["group"]} if "group" in spec else {}
+    final: Any = CompressedLayer.build({**kept, **carried, **extra}, layer)
+    final.set_values(codes, scale, bias, grid)
+    if hasattr(layer, "weight_scale"):
+        final.derived_tensors = ()  # its codes follow from the learned scale too
+    return final
 
 
-class _Linear(_Quantized, nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(x), self.dense_weight(), self.bias)
+def _corrected(layer: Any, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias that makes the mean output what it was: + (W - W') E[x].
+
+    References:
+        Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, equation 12.
+    """
+    values = codes.reshape(codes.shape[0], scale.shape[1], -1).float() * scale[..., None]
+    lost = layer.weight.detach().float() - values.reshape(codes.shape)
+    per_channel = lost.flatten(2).sum(2) if lost.dim() > 2 else lost  # (out, in / groups)
+    mean = layer.act_mean.to(lost.device)
+    groups = getattr(layer, "groups", 1)
+    error = torch.einsum(
+        "goi,gi->go", per_channel.unflatten(0, (groups, -1)), mean.unflatten(0, (groups, -1))
+    ).flatten()
+    return error if bias is None else bias + error
 
 
-class _Conv1d(_Quantized, nn.Conv1d):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.quantized_input(x), self.dense_weight(), self.bias)
+class _Computing(QuantLayer):
+    """A layer with inputs."""
+
+    compute: Any
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        result: Tensor = self.compute(self.quantized_input(x), self.quantized_weight(), self.bias, *args)
+        return result
 
 
-class _Conv2d(_Quantized, nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.quantized_input(x), self.dense_weight(), self.bias)
-
-
-class _Conv3d(_Quantized, nn.Conv3d):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.quantized_input(x), self.dense_weight(), self.bias)
-
-
-class QATLinear(_FakeQuantized, _Linear, kind="qat_linear"):
+class QuantLinear(_Computing, LinearForm, kind="quant_linear"):
     """Linear in training form; `weight` (out, in) is the float master weight."""
 
-    deployed_kind = "int_linear"
+    deployed_type = _integer.IntLinear
 
 
-class QATConv1d(_FakeQuantized, _Conv1d, kind="qat_conv1d"):
+class QuantConv1d(_Computing, Conv1dForm, kind="quant_conv1d"):
     """Conv1d in training form."""
 
-    deployed_kind = "int_conv1d"
+    deployed_type = _integer.IntConv1d
 
 
-class QATConv2d(_FakeQuantized, _Conv2d, kind="qat_conv2d"):
+class QuantConv2d(_Computing, Conv2dForm, kind="quant_conv2d"):
     """Conv2d in training form."""
 
-    deployed_kind = "int_conv2d"
+    deployed_type = _integer.IntConv2d
 
 
-class QATConv3d(_FakeQuantized, _Conv3d, kind="qat_conv3d"):
+class QuantConv3d(_Computing, Conv3dForm, kind="quant_conv3d"):
     """Conv3d in training form."""
 
-    deployed_kind = "int_conv3d"
+    deployed_type = _integer.IntConv3d
 
 
-class QATEmbedding(_FakeQuantized, nn.Embedding, kind="qat_embedding"):
+class QuantConvTranspose1d(_Computing, ConvTranspose1dForm, kind="quant_conv_transpose1d"):
+    """ConvTranspose1d in training form."""
+
+    deployed_type = _integer.IntConvTranspose1d
+
+
+class QuantConvTranspose2d(_Computing, ConvTranspose2dForm, kind="quant_conv_transpose2d"):
+    """ConvTranspose2d in training form."""
+
+    deployed_type = _integer.IntConvTranspose2d
+
+
+class QuantConvTranspose3d(_Computing, ConvTranspose3dForm, kind="quant_conv_transpose3d"):
+    """ConvTranspose3d in training form."""
+
+    deployed_type = _integer.IntConvTranspose3d
+
+
+class QuantEmbedding(QuantLayer, nn.Embedding, kind="quant_embedding"):
     """Embedding in training form: only the rows looked up are rounded, each on its own scale; indices stay indices."""
 
-    deployed_kind = "int_embedding"
+    axis = 0
+    deployed_type = _integer.IntEmbedding
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = super().forward(x)
-        return fake_quantize_weight(rows.reshape(-1, self.embedding_dim), self.spec["bits"]).view_as(rows)
+        rows = nn.Embedding.forward(self, x)
+        bits = self._bits[0]
+        return rows if bits == FLOAT else fake_quantize_weight(rows.reshape(-1, self.embedding_dim), bits).view_as(rows)
 
 
-class IntLinear(_Integer, _Linear, kind="int_linear"):
-    """Linear with int8 codes (out, in), dequantized in the forward."""
-
-
-class IntConv1d(_Integer, _Conv1d, kind="int_conv1d"):
-    """Conv1d with int8 codes (out, in/groups, k), dequantized in the forward."""
-
-
-class IntConv2d(_Integer, _Conv2d, kind="int_conv2d"):
-    """Conv2d with int8 codes (out, in/groups, kh, kw), dequantized in the forward."""
-
-
-class IntConv3d(_Integer, _Conv3d, kind="int_conv3d"):
-    """Conv3d with int8 codes (out, in/groups, kd, kh, kw), dequantized in the forward."""
-
-
-class IntEmbedding(_Integer, nn.Embedding, kind="int_embedding"):
-    """Embedding with int8 codes (num, dim) and a scale per row; only the rows looked up are dequantized."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, scales = F.embedding(x, self.codes), F.embedding(x, self.scale.unsqueeze(-1))
-        return (rows.float() * scales).to(self.like.dtype)
-
-
-TRAINING_KINDS: dict[type[nn.Module], type[_FakeQuantized]] = {
-    nn.Linear: QATLinear,
-    nn.Conv1d: QATConv1d,
-    nn.Conv2d: QATConv2d,
-    nn.Conv3d: QATConv3d,
-    nn.Embedding: QATEmbedding,
+TRAINING_KINDS: dict[type[nn.Module], type[QuantLayer]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
+    nn.Embedding: QuantEmbedding,
 }

@@ -1,91 +1,170 @@
 """Quantization-aware training: weights and inputs are rounded in the forward, gradients pass straight through."""
 
-from dataclasses import replace
-from typing import Any
+import logging
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from pquant_lightning.core.affine import fake_quantize_weight
-from pquant_lightning.core.compressed_layer import weight_of
-from pquant_lightning.core.compression_method import CompressionContext, LayerMethod, Stage, relative_error
-from pquant_lightning.core.deploy import deployed_bytes
+from pquant_lightning.core.compressed_layer import compressed_layers
+from pquant_lightning.core.compression_method import CompressionContext
 from pquant_lightning.core.errors import OptionError
-from pquant_lightning.core.layer_adapter import layer_spec
-from pquant_lightning.core.plan import Candidate, Skip
+from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
-from pquant_lightning.methods.quantization._layers import TRAINING_KINDS
+from pquant_lightning.core.schedule import scheduled
+from pquant_lightning.methods.quantization._base import QuantizationMethod
+from pquant_lightning.methods.quantization._folding import norm_of
+from pquant_lightning.methods.quantization._forms import FLOAT
+from pquant_lightning.methods.quantization._layers import QuantLayer
+
+log = logging.getLogger(__name__)
+
+_LEARNS_BELOW = 5  # bits below which quantizer="auto" learns scales
+
+Parts = tuple[list[QuantLayer], list[nn.Module]]
+_PARTS: "WeakKeyDictionary[nn.Module, Parts]" = WeakKeyDictionary()  # layers and norms that `step` looks at
 
 
 @CompressionMethodRegistry.register("qat")
-class QATCompression(LayerMethod):
-    """Quantization-aware training of Linear, Conv and Embedding layers, from the start of fit.
+class QATCompression(QuantizationMethod):
+    """Quantization-aware training of Linear, Conv, ConvTranspose and Embedding layers, from the start of fit.
 
-    Weights are rounded per output channel, symmetric; inputs per tensor, affine, over a moving range of what the layer
-    has seen in training (embeddings: weights only). Norms, softmax and biases stay in floating point. `finalize` turns
-    the weights into int8 codes with one scale per channel.
+    Weights are rounded per output channel, symmetric; inputs per tensor, affine (embeddings: weights only). Ranges of
+    inputs start from calibration on training data, where the model can be run on it, else from the first batch. Norms,
+    softmax and biases stay in floating point. `finalize` turns the weights into integers, and folds batch norms into
+    the layer before them: a scale per channel commutes with the norm's factor per channel, so that the codes are those
+    that training has seen.
 
     Args:
         bits: bits of weights and inputs, 2 to 8; 16 leaves them in floating point.
         weight_bits: bits of the weights where they differ from `bits`.
         act_bits: bits of the inputs where they differ from `bits`.
+        quantizer: "ste" rounds weights on the scale of their largest magnitude and inputs on a moving range; "lsq"
+            learns the scales (LSQ), and the zero point of inputs (LSQ+); "pact" learns the clipping level of inputs;
+            "auto" is "lsq" below 5 bits, else "ste".
+        start: share of the training after which rounding begins.
+        initial_bits: bits to begin with, lowered one by one to the target.
+        end: share of the training after which the target is reached, with `initial_bits`.
+        freeze_observers: share of the training after which moving ranges stand still.
+        freeze_norms: share of the training after which the statistics of the batch norms behind quantized layers stand
+            still, and the norms compute what deployment will.
+        scale_lr: learning rate of learned scales, relative to that of the weights; they have no weight decay.
+        overrides: bits of single layers: glob patterns over module names to `bits`, `weight_bits` or `act_bits`; the
+            last pattern that matches counts, e.g. `{"head": {"bits": 8}}`.
+        first_last_bits: at least so many bits in the first and the last layer, in models of three layers or more. None
+            means 8.
+        observer: how a range of inputs is chosen from calibration: "histogram" and "mse" for the least squared error
+            (each end by itself, or both alike), "minmax", "moving_average" of the batches' extremes, "percentile"
+            (99.999), "entropy".
+        num_samples: samples of the training data to calibrate on; 0 starts from the first batch.
         include: glob patterns over module names; only matching layers are changed. None means all.
         exclude: glob patterns over module names; matching layers are left alone.
         min_saving: least share of a layer's stored bytes that must go, else the layer is left alone; 0 asks nothing.
 
     Raises:
-        OptionError: bits outside 2..8 (or 16), or 16 for both.
+        OptionError: bits outside 2..8 (or 16), 16 for both, or shares of the training outside [0, 1] or out of order.
 
     References:
         Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
         2018, section 3. We differ: a weight's scale is that of its largest magnitude, so that nothing is clipped.
+        Esser et al., "Learned Step Size Quantization", 2020. Bhalgat et al., "LSQ+", 2020. Choi et al., "PACT", 2018.
 
-    >>> QATCompression(bits=4).plan(nn.Sequential(nn.Linear(64, 32))).layers[0].spec["bits"]
-    4
+    >>> QATCompression(bits=4).plan(nn.Sequential(nn.Linear(64, 32))).layers[0].spec["weight_quantizer"]
+    'lsq'
     """
 
-    bits: int = 8
-    weight_bits: int | None = None
-    act_bits: int | None = None
+    quantizer: Literal["auto", "ste", "lsq", "pact"] = "auto"
+    start: float = 0.0
+    initial_bits: int | None = None
+    end: float = 0.5
+    freeze_observers: float = 0.5
+    freeze_norms: float = 0.7
+    scale_lr: float = 0.1
 
-    stage = Stage.QUANTIZE
     trains = True
-    keeps_ties = True
+
+    @property
+    def completes_at(self) -> float:
+        return self.start if self.initial_bits is None else self.end
 
     def validate_config(self) -> None:
         super().validate_config()
-        for name in ("bits", "weight_bits", "act_bits"):
-            value = getattr(self, name)
-            if value is not None and not (2 <= value <= 8 or value == 16):
-                raise OptionError(f"QATCompression: {name} is an int in 2..8, or 16 to leave it alone, got {value}.")
-        if self._bits() == (16, 16):
+        for option in ("start", "end", "freeze_observers", "freeze_norms"):
+            if not 0 <= getattr(self, option) <= 1:
+                raise OptionError(
+                    f"QATCompression: {option} is a share of the training in [0, 1], got {getattr(self, option)}."
+                )
+        if self.start == 1:
+            raise OptionError("QATCompression: start=1 would never round anything; start earlier.")
+        if self.scale_lr <= 0:
+            raise OptionError(f"QATCompression: scale_lr is a positive factor, got {self.scale_lr}.")
+        if self.initial_bits is not None and not 2 <= self.initial_bits <= 8:
+            raise OptionError(f"QATCompression: initial_bits is an int in 2..8, got {self.initial_bits}.")
+        if self.initial_bits is not None and self.end <= self.start:
             raise OptionError(
-                "QATCompression with 16 bits for weights and inputs would change nothing; use bits in 2..8."
+                f"QATCompression: bits are lowered between start and end, got start={self.start}, end={self.end}."
             )
 
-    def _bits(self) -> tuple[int, int]:
-        return self.weight_bits or self.bits, self.act_bits or self.bits
+    def layer_options(self, layer: nn.Module, spec: dict[str, Any]) -> dict[str, Any]:
+        def chosen(bits: int) -> str:
+            return ("lsq" if bits < _LEARNS_BELOW else "ste") if self.quantizer == "auto" else self.quantizer
 
-    def plan_layer(self, name: str, layer: nn.Module, context: CompressionContext) -> dict[str, Any] | Skip:
-        kind = TRAINING_KINDS.get(type(layer))
-        if kind is None:
-            return Skip(name, f"qat does not cover {type(layer).__name__} in this release")
-        if getattr(layer, "max_norm", None) is not None:
-            return Skip(name, "its max_norm rewrites the weight in the forward")
-        weight_bits, act_bits = self._bits()
-        if isinstance(layer, nn.Embedding):
-            act_bits = 16  # indices are not rounded
-            if weight_bits == 16:
-                return Skip(name, "an embedding has nothing but a weight, and weight_bits is 16")
-        return {"kind": kind.kind, "bits": weight_bits, "act_bits": act_bits}
+        learns_weight = chosen(spec["bits"]) == "lsq" and spec["bits"] < FLOAT and not isinstance(layer, nn.Embedding)
+        moves = self.start > 0 or self.initial_bits is not None
+        schedule = {name: getattr(self, name) for name in ("start", "initial_bits", "end")}
+        frozen = {name: getattr(self, name) for name in ("freeze_observers", "freeze_norms")}
+        return {
+            "weight_quantizer": "lsq" if learns_weight else "ste",
+            "act_quantizer": chosen(spec["act_bits"]) if spec["act"] == "static" else "ste",
+            "schedule": {**schedule, **frozen, "moves": moves},
+            "scale_lr": self.scale_lr,
+        }
 
-    def candidates(self, name: str, module: nn.Module, context: CompressionContext) -> list[Candidate]:
-        found = []
-        for bits in (2, 3, 4, 6, 8):
-            spec = replace(self, bits=bits, weight_bits=None).plan_layer(name, module, context)
-            if isinstance(spec, Skip):
-                return []
-            size = deployed_bytes({**spec, "layer": layer_spec(module)}, module)
-            weight = weight_of(module).detach()
-            loss = relative_error(weight, fake_quantize_weight(weight, bits)) ** 2
-            found.append(Candidate({"bits": bits}, size, weight.numel(), loss))
-        return found
+    def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
+        super().apply(model, plan, context)
+        chosen = [(entry.spec["weight_quantizer"], entry.spec["act_quantizer"]) for entry in plan.layers]
+        learned = sum("lsq" in pair or "pact" in pair for pair in chosen)
+        log.info("qat: %d layer(s) with learned scales, %d straight-through", learned, len(chosen) - learned)
+
+    def attach(self, model: nn.Module, state: dict[str, Any]) -> None:
+        _PARTS[model] = _parts(model)
+
+    def step(self, model: nn.Module, state: dict[str, Any], progress: float) -> None:
+        layers, norms = _PARTS.get(model) or _parts(model)
+        for layer in layers:
+            schedule = layer.spec["schedule"]
+            layer.observing = progress < schedule["freeze_observers"]
+            if schedule["moves"] and (bits := bits_in_force(layer.spec, progress)) != layer.bits_in_force:
+                layer.set_bits(*bits)
+        for norm in norms:
+            if norm.training and progress >= self.freeze_norms:
+                norm.eval()  # again after each validation, which puts the whole model back into training
+
+
+def _parts(model: nn.Module) -> Parts:
+    layers = {
+        name: layer
+        for name, layer in compressed_layers(model).items()
+        if isinstance(layer, QuantLayer) and layer.spec["trains"]
+    }
+    found = [norm_of(model, name, layer) for name, layer in layers.items()]
+    return list(layers.values()), [pair[1] for pair in found if pair is not None]
+
+
+def bits_in_force(spec: dict[str, Any], progress: float) -> tuple[int, int]:
+    """Bits of weights and inputs at a progress of the training in [0, 1]; 16 before the start."""
+    schedule = spec["schedule"]
+    if progress < schedule["start"]:
+        return FLOAT, FLOAT
+    first = schedule["initial_bits"]
+    if first is None:
+        return spec["bits"], spec["act_bits"]
+    weight_bits, act_bits = (
+        target if target == FLOAT or first <= target else first - round(_lowered(schedule, progress, first - target))
+        for target in (spec["bits"], spec["act_bits"])
+    )
+    return weight_bits, act_bits
+
+
+def _lowered(schedule: dict[str, Any], progress: float, total: int) -> float:
+    return scheduled("linear", progress, total, start=schedule["start"], end=schedule["end"])

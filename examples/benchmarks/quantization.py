@@ -1,0 +1,299 @@
+"""Cost of quantization-aware training, speed of integer inference and size of integer files, relative to plain fp32.
+
+    python examples/benchmarks/quantization.py [--rounds 15] [--only training inference compile size] [--models MLP]
+
+Models are compressed as users do it: a callback with default options in a short `Trainer.fit`, and for inference
+`load_compressed` of the artefact. Time is CPU time on one thread relative to fp32 eager in the same round, the median
+over the rounds; each round takes the contenders in another order. Compilation itself is not timed. A column "bar" holds
+what the column before it is to reach: at most that for training and size, at least that for speed-ups.
+"""
+
+import argparse
+import copy
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pquant_lightning import PTQCallback, QATCallback, compress_model, load_compressed, save_compressed
+
+MIN_SECONDS = 0.05  # shorter calls are repeated until a measurement takes about this long
+Batch = tuple[Tensor, Tensor]
+
+
+class ResidualBlock(nn.Module):
+    """ResNet's basic block: two 3x3 convolutions with batch norm beside a shortcut."""
+
+    def __init__(self, in_: int, out: int, stride: int) -> None:
+        super().__init__()
+        first = [nn.Conv2d(in_, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+        self.body = nn.Sequential(*first, nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out))
+        self.shortcut = nn.Sequential()
+        if stride > 1 or in_ != out:
+            self.shortcut.extend([nn.Conv2d(in_, out, 1, stride, bias=False), nn.BatchNorm2d(out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class EncoderLayer(nn.Module):
+    """`nn.TransformerEncoderLayer` (post-norm, GELU) with query, key, value and output as four Linear layers."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.q, self.k, self.v))
+        x = self.norm1(x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+        return self.norm2(x + self.mlp(x))  # (N, tokens, dim)
+
+
+class PooledEncoder(nn.Module):
+    """An encoder of (N, 128, 384), the mean over the tokens, and a head: 7.1 million parameters."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(384, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(dim=1))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+
+
+def torch_encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(384, 6, 1536, dropout=0.0, activation="gelu", batch_first=True)
+    return PooledEncoder(nn.TransformerEncoder(layer, num_layers=4))
+
+
+def linear_encoder() -> nn.Module:
+    return PooledEncoder(nn.Sequential(*(EncoderLayer(384, 6, 1536) for _ in range(4))))
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18 with a 3x3 stem for images (N, 3, 32, 32): 11.2 million parameters."""
+    layers = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+    for in_, out, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
+        layers += [ResidualBlock(in_, out, stride), ResidualBlock(out, out, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+class Network(NamedTuple):
+    """A model of the tables: how it is made, what it takes, and its bars."""
+
+    build: Callable[[], nn.Module]
+    sample: tuple[int, ...]  # the shape of one input
+    train_batch: int
+    infer_batch: int
+    bars: tuple[float, float, float, float]  # QAT step straight-through, LSQ; times faster eager, compiled
+    legacy: bool  # whether torch.ao's quantize_dynamic works: Linear only, fails in nn.TransformerEncoder
+
+
+NETWORKS = {
+    "MLP": Network(mlp, (784,), 128, 32, (1.35, 1.6, 3.0, 3.7), True),
+    "nn.TransformerEncoder": Network(torch_encoder, (128, 384), 8, 1, (1.12, 1.25, 2.2, 2.6), False),
+    "encoder of Linear": Network(linear_encoder, (128, 384), 8, 1, (1.12, 1.25, 2.2, 2.6), True),
+    "ResNet-18": Network(resnet18, (3, 32, 32), 32, 32, (1.20, 1.35, 3.0, 4.4), False),
+}
+
+
+class Classifier(LightningModule):
+    """Any of `NETWORKS` as an ordinary LightningModule, which knows nothing of compression."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = NETWORKS[name].build()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        return F.cross_entropy(self(inputs), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+
+def random_batch(name: str, size: int) -> Batch:
+    return torch.randn(size, *NETWORKS[name].sample), torch.randint(10, (size,))
+
+
+def fit(module: Classifier, callback: Any, root: str) -> Classifier:
+    """Trains a copy for two batches, in which the callback does its work; the artefact goes to `root`."""
+    name = module.hparams["name"]
+    data = TensorDataset(*random_batch(name, 2 * NETWORKS[name].train_batch))
+    trainer = Trainer(
+        max_epochs=1,
+        callbacks=[callback],
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=root,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    fitted = copy.deepcopy(module)
+    trainer.fit(fitted, DataLoader(data, NETWORKS[name].train_batch))
+    return fitted
+
+
+def deployed(module: Classifier, callback: Any) -> Classifier:
+    """What is loaded from the artefact of a fit."""
+    with tempfile.TemporaryDirectory() as root:
+        fit(module, callback, root)
+        return load_compressed(Classifier, callback.artifact)
+
+
+def legacy_dynamic(module: Classifier) -> nn.Module:
+    """A copy with the int8 Linear layers of torch.ao, which is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(module.net, {nn.Linear})
+
+
+def cpu_seconds(run: Callable[[], Any], repeats: int = 1) -> float:
+    start = time.process_time()
+    for _ in range(repeats):
+        run()
+    return time.process_time() - start
+
+
+def relative_times(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median over the rounds of the time of each contender / the time of "fp32" in the same round."""
+    names = list(runs)
+    for run in (*runs.values(), *runs.values()):  # twice: caches are filled, and what compiles has compiled
+        run()
+    repeats = max(1, round(MIN_SECONDS / cpu_seconds(runs["fp32"])))
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        order = names[turn % len(names) :] + names[: turn % len(names)]
+        seconds = {name: cpu_seconds(runs[name], repeats) for name in order}
+        for name in names:
+            ratios[name].append(seconds[name] / seconds["fp32"])
+    return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def training_step(module: Classifier, batch: Batch) -> Callable[[], None]:
+    optimizer = module.train().configure_optimizers()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
+        optimizer.step()
+
+    return step
+
+
+def inference(module: nn.Module, inputs: Tensor, compiled: bool = False) -> Callable[[], Tensor]:
+    forward = torch.compile(module.eval()) if compiled else module.eval()
+    return torch.inference_mode()(lambda: forward(inputs))
+
+
+def training(names: list[str], rounds: int) -> Iterator[list[str]]:
+    """Rows: time of a training step / time of that of fp32."""
+    yield ["model, batch", "`QATCallback()`", "bar", '`QATCallback(quantizer="lsq")`', "bar"]
+    for name in names:
+        network, modules = NETWORKS[name], {"fp32": Classifier(name)}
+        with tempfile.TemporaryDirectory() as root:
+            modules["ste"] = fit(modules["fp32"], QATCallback(), root)
+            modules["lsq"] = fit(modules["fp32"], QATCallback(quantizer="lsq"), root)
+        batch = random_batch(name, network.train_batch)
+        times = relative_times({key: training_step(module, batch) for key, module in modules.items()}, rounds)
+        figures = (times["ste"], network.bars[0], times["lsq"], network.bars[1])
+        yield [f"{name}, {network.train_batch}", *(f"{figure:.2f}" for figure in figures)]
+
+
+def speed_ups(names: list[str], rounds: int, compiled: bool) -> Iterator[list[str]]:
+    """Rows: time of fp32 eager / time of each contender."""
+    peer = "compiled fp32" if compiled else "torch.ao `quantize_dynamic`"
+    yield ["model, batch", "`PTQCallback()`", "bar", '`PTQCallback(scheme="dynamic")`', peer]
+    for name in names:
+        torch.compiler.reset()  # torch gives up compiling a function that it has compiled for too many models
+        network, module = NETWORKS[name], Classifier(name)
+        inputs, _ = random_batch(name, network.infer_batch)
+        runs = {"fp32": inference(module, inputs)}
+        runs["static"] = inference(deployed(module, PTQCallback()), inputs, compiled)
+        runs["dynamic"] = inference(deployed(module, PTQCallback(scheme="dynamic")), inputs, compiled)
+        if compiled:
+            runs["peer"] = inference(module, inputs, compiled=True)
+        elif network.legacy:
+            runs["peer"] = inference(legacy_dynamic(module), inputs)
+        faster = {key: f"{1 / ratio:.2f}" for key, ratio in relative_times(runs, rounds).items()}
+        bar = f"{network.bars[3 if compiled else 2]:.1f}"
+        title = f"{name}, {network.infer_batch}"
+        yield [title, faster["static"], bar, faster["dynamic"], faster.get("peer", "-")]
+
+
+def sizes() -> Iterator[list[str]]:
+    """Rows: bytes of a file of the MLP / bytes of that of fp32."""
+    yield ["file of the MLP", "bytes", "/ fp32", "bar"]
+    module, callback = Classifier("MLP"), PTQCallback()
+    int4 = compress_model(module, "ptq", bits=4, scheme="weight_only", group_size=32)
+    with tempfile.TemporaryDirectory() as root:
+        fit(module, callback, root)
+        fp32_bytes = save_compressed(module, Path(root, "fp32.safetensors")).stat().st_size
+        int4_bytes = save_compressed(int4, Path(root, "int4.safetensors")).stat().st_size
+        int8_bytes = callback.artifact.stat().st_size
+    yield ["fp32", f"{fp32_bytes:,}", "1.000", "-"]
+    yield ["`PTQCallback()`", f"{int8_bytes:,}", f"{int8_bytes / fp32_bytes:.3f}", "0.27"]
+    yield ["4-bit weights in groups of 32", f"{int4_bytes:,}", f"{int4_bytes / fp32_bytes:.3f}", "0.17"]
+
+
+def print_table(title: str, rows: Iterator[list[str]]) -> None:
+    """One markdown table, row by row; the first row is the header."""
+    header = next(rows)
+    print(f"\n### {title}\n\n| {' | '.join(header)} |\n|---|{'---:|' * (len(header) - 1)}", flush=True)
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def main() -> None:
+    """Reads the command line and prints the tables."""
+    parts = ["training", "inference", "compile", "size"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="default: all")
+    parser.add_argument("--models", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="default: all")
+    options = parser.parse_args()
+    for logger in ("lightning.pytorch", "pquant_lightning"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*LeafSpec.*"):  # the latter: Lightning 2.6 on torch 2.13
+        warnings.filterwarnings("ignore", message=message)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    print(f"torch {torch.__version__}, {threads} thread, {capability}, medians of {options.rounds} rounds")
+    tables = {
+        "training": ("Training step: time / fp32", training(options.models, options.rounds)),
+        "inference": ("Inference: times faster than fp32 eager", speed_ups(options.models, options.rounds, False)),
+        "compile": ("Compiled: times faster than fp32 eager", speed_ups(options.models, options.rounds, True)),
+        "size": ("File size", sizes()),
+    }
+    for part in parts:
+        if part in options.only:
+            print_table(*tables[part])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""What post-training quantization and quantization-aware training share: bits per layer, norms, calibration."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from pquant_lightning.core.affine import blocks, mse_scale, symmetric_codes, symmetric_scale
+from pquant_lightning.core.calibration import collect_inputs
+from pquant_lightning.core.compressed_layer import compressed_layers, weight_of
+from pquant_lightning.core.compression_method import (
+    CompressionContext,
+    LayerMethod,
+    Stage,
+    check_patterns,
+    matches,
+    relative_error,
+)
+from pquant_lightning.core.deploy import deployed_bytes
+from pquant_lightning.core.errors import OptionError, known
+from pquant_lightning.core.graph import Graph, trace
+from pquant_lightning.core.layer_adapter import as_torch, layer_spec
+from pquant_lightning.core.options import check_count
+from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
+from pquant_lightning.methods.quantization._folding import fold_norms, relative_path
+from pquant_lightning.methods.quantization._forms import FLOAT
+from pquant_lightning.methods.quantization._kernels import why_no_kernel
+from pquant_lightning.methods.quantization._layers import TRAINING_KINDS, QuantLayer
+from pquant_lightning.methods.quantization._observers import Observer, choose_range
+
+log = logging.getLogger(__name__)
+
+_PER_LAYER = ("bits", "weight_bits", "act_bits")
+
+
+class QuantizationMethod(LayerMethod):
+    """Base of the methods that quantize layers.
+
+    Args:
+        bits: bits of weights and inputs, 2 to 8; 16 leaves them in floating point.
+        weight_bits: bits of the weights where they differ from `bits`.
+        act_bits: bits of the inputs where they differ from `bits`.
+        overrides: bits of single layers: glob patterns over module names to `bits`, `weight_bits` or `act_bits`; the
+            last pattern that matches counts, e.g. `{"head": {"bits": 8}}`.
+        first_last_bits: at least so many bits in the first and the last layer, in models of three layers or more.
+        observer: how a range of inputs is chosen from calibration: "histogram" and "mse" for the least squared error
+            (each end by itself, or both alike), "minmax", "moving_average" of the batches' extremes, "percentile"
+            (99.999), "entropy".
+        num_samples: samples of the training data to calibrate on; 0 does without.
+
+    Raises:
+        OptionError: bits outside 2..8 (or 16), or 16 for both.
+    """
+
+    bits: int = 8
+    weight_bits: int | None = None
+    act_bits: int | None = None
+    overrides: dict[str, dict[str, int]] | None = None
+    first_last_bits: int | None = None
+    observer: Observer = "histogram"
+    num_samples: int = 300
+
+    stage = Stage.QUANTIZE
+    keeps_ties = True
+
+    @property
+    def wanted_samples(self) -> int:
+        return self.num_samples
+
+    def validate_config(self) -> None:
+        super().validate_config()
+        name = type(self).__name__
+        check_count(type(self), "num_samples", self.num_samples, 0)
+        given = [(option, getattr(self, option)) for option in (*_PER_LAYER, "first_last_bits")]
+        for pattern, options in (self.overrides or {}).items():
+            for option, value in options.items():
+                if option not in _PER_LAYER:
+                    raise OptionError(f"overrides[{pattern!r}] has no option {option!r}. {known(option, _PER_LAYER)}")
+                given.append((f"overrides[{pattern!r}][{option!r}]", value))
+        for option, value in given:
+            if value is not None and not (2 <= value <= 8 or value == FLOAT):
+                raise OptionError(f"{name}: {option} is an int in 2..8, or 16 to leave it alone, got {value}.")
+        if self.bits_of("", False) == (FLOAT, FLOAT) and not self.overrides:
+            raise OptionError(f"{name} with 16 bits for weights and inputs would change nothing; use bits in 2..8.")
+
+    def bits_of(self, name: str, is_end: bool) -> tuple[int, int]:
+        """Bits of weights and inputs of the layer of that name."""
+        chosen = {option: getattr(self, option) for option in _PER_LAYER}
+        pair = (chosen["weight_bits"] or chosen["bits"], chosen["act_bits"] or chosen["bits"])
+        if is_end:
+            least = self.first_last_bits or 8
+            pair = (max(pair[0], least), max(pair[1], least))
+        for pattern, options in (self.overrides or {}).items():
+            if matches(name, pattern):
+                both = options.get("bits")
+                pair = (options.get("weight_bits") or both or pair[0], options.get("act_bits") or both or pair[1])
+        return pair
+
+    # -- planning ----------------------------------------------------------------------------------------------------
+
+    def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
+        context = context or CompressionContext(by=self.name)
+        check_patterns(model, "overrides", self.overrides or {})
+        graph = None if context.samples is None else trace(model, context.samples)
+        norms = {} if graph is None else graph.foldable_norms(model)
+        return super().plan(model, replace(context, notes={"ends": _ends(model, graph), "norms": norms}))
+
+    def plan_layer(self, name: str, layer: nn.Module, context: CompressionContext) -> dict[str, Any] | Skip:
+        kind = TRAINING_KINDS.get(type(layer))
+        if kind is None:
+            return Skip(name, f"{self.name} does not cover {type(layer).__name__}")
+        if getattr(layer, "max_norm", None) is not None:
+            return Skip(name, "its max_norm rewrites the weight in the forward")
+        weight_bits, act_bits = self.bits_of(name, name in context.notes.get("ends", ()))
+        if isinstance(layer, nn.Embedding):
+            act_bits = FLOAT  # indices are not rounded
+        if weight_bits == act_bits == FLOAT:
+            return Skip(name, "16 bits leave it in floating point")
+        norm = context.notes.get("norms", {}).get(name)
+        spec: dict[str, Any] = {
+            "kind": kind.kind,
+            "bits": weight_bits,
+            "act_bits": act_bits,
+            "act": None if act_bits == FLOAT else "static",
+            "trains": self.trains,
+            "weight_quantizer": "ste",
+            "act_quantizer": "ste",
+            "range": "max",
+            "group_size": None,
+            "norm": norm and relative_path(name, norm),
+            "correct_bias": False,
+            "schedule": None,
+            "scale_lr": 1.0,
+        }
+        spec.update(self.layer_options(layer, spec))
+        reason = why_no_kernel(layer, spec["act_bits"], spec["group_size"])
+        return {**spec, "kernel": "integer" if reason is None else f"dequantize: {reason}"}
+
+    def layer_options(self, layer: nn.Module, spec: dict[str, Any]) -> dict[str, Any]:
+        """What a method decides differently in the spec of a layer."""
+        return {}
+
+    def candidates(self, name: str, module: nn.Module, context: CompressionContext) -> list[Candidate]:
+        found = []
+        for bits in (2, 3, 4, 6, 8):
+            spec = replace(self, bits=bits, weight_bits=None, overrides=None).plan_layer(name, module, context)
+            if isinstance(spec, Skip):
+                return []
+            size = deployed_bytes({**spec, "by": self.name, "layer": layer_spec(module)}, module)
+            found.append(Candidate({"bits": bits}, size, weight_of(module).numel(), _error(module, spec) ** 2))
+        return found
+
+    # -- applying ----------------------------------------------------------------------------------------------------
+
+    def fill(self, new: QuantLayer, old: nn.Module, plan: LayerPlan, context: CompressionContext) -> None:
+        if plan.spec["bits"] < FLOAT:
+            context.errors[plan.name] = _error(old, plan.spec)
+        if hasattr(new, "weight_scale"):
+            new.weight_scale.copy_(mse_scale(blocks(new.weight, new.axis), plan.spec["bits"]))
+        if hasattr(new, "act_scale"):
+            new.act_scale.zero_()
+            new.act_zero.zero_()
+        if self.trains:
+            new.miss_range()
+
+    def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
+        own = {
+            name: layer
+            for name, layer in compressed_layers(model).items()
+            if isinstance(layer, QuantLayer) and layer.spec["by"] == context.by
+        }
+        asking = {n: layer for n, layer in own.items() if layer.spec["act"] == "static" or layer.spec["correct_bias"]}
+        if not asking or context.samples is None:
+            return
+        found = collect_inputs(model, list(asking), context.samples, batch_norms=self.trains)
+        for name, layer in asking.items():
+            if name in found:
+                layer.set_statistics(found[name], choose_range(found[name], self.observer, layer.spec["act_bits"]))
+            else:
+                layer.miss_range()
+                log.warning("Calibration never reached layer %r: %s", name, layer.described())
+
+    @classmethod
+    def finalize(cls, model: nn.Module) -> None:
+        fold_norms(model)
+
+
+def _ends(model: nn.Module, graph: Graph | None) -> set[str]:
+    """The first and the last layer in the order of execution where it is known, else of definition, and their ties."""
+    modules = dict(model.named_modules())
+    names = list(modules) if graph is None else graph.order
+    layers = [n for n in names if (found := as_torch(modules[n])) is not None and not isinstance(found, nn.Embedding)]
+    if len(layers) < 3:
+        return set()
+    shared = {id(p) for name in (layers[0], layers[-1]) for p in modules[name].parameters(recurse=False)}
+    return {n for n, m in modules.items() if any(id(p) in shared for p in m.parameters(recurse=False))}
+
+
+def _error(layer: nn.Module, spec: dict[str, Any]) -> float:
+    """Relative error of the rounded weight."""
+    if spec["bits"] == FLOAT:
+        return 0.0
+    values = blocks(weight_of(layer).detach(), TRAINING_KINDS[type(layer)].axis, spec["group_size"])
+    scale = (mse_scale if spec["range"] == "mse" else symmetric_scale)(values, spec["bits"])
+    return relative_error(values, symmetric_codes(values, scale, spec["bits"]) * scale[..., None])

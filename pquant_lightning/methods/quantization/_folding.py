@@ -1,0 +1,80 @@
+"""Batch norms folded into the quantized layer before them, when the model is deployed."""
+
+import posixpath
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers
+from pquant_lightning.core.layer_adapter import layer_spec
+from pquant_lightning.core.surgery import get_layer, replace_layer
+from pquant_lightning.methods.quantization._layers import QuantLayer
+
+
+class FoldedNorm(CompressedLayer, kind="folded_norm", stage=Stage.QUANTIZE):
+    """Stands where a batch norm was that is part of the layer before it; passes its input through.
+
+    It stays in the deployed form, so that a file says that the norm is gone.
+    """
+
+    deployed = True
+    unfolds = True
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], replaced: nn.Module | None) -> Self:
+        return cls()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def dense_weight(self) -> Tensor:
+        return torch.empty(0)
+
+    def described(self) -> str:
+        return "folded into the layer before it"
+
+
+def relative_path(layer: str, norm: str) -> str:
+    """How a norm is found from its layer, wherever both are put.
+
+    >>> relative_path("block.conv", "block.bn")
+    '../bn'
+    """
+    return posixpath.relpath(norm.replace(".", "/"), layer.replace(".", "/"))
+
+
+def norm_of(model: nn.Module, name: str, layer: QuantLayer) -> tuple[str, nn.Module] | None:
+    """Name and module of the norm behind a layer, as its spec says; None where there is none."""
+    if layer.spec["norm"] is None:
+        return None
+    path = posixpath.normpath(posixpath.join(name.replace(".", "/"), layer.spec["norm"])).replace("/", ".")
+    return path, get_layer(model, path)
+
+
+def fold_norms(model: nn.Module) -> None:
+    """Gives each layer that is about to be deployed the norm behind it, and takes that norm out of the model."""
+    for name, layer in compressed_layers(model).items():
+        if not (isinstance(layer, QuantLayer) and layer.deployable):
+            continue
+        found = norm_of(model, name, layer)
+        if found is None or isinstance(found[1], FoldedNorm):
+            continue
+        path, norm = found
+        layer.folded = affine_of(norm)
+        spec = {"kind": FoldedNorm.kind, "by": layer.spec["by"], "layer": layer_spec(norm)}
+        replace_layer(model, path, CompressedLayer.build(spec, norm))
+
+
+def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
+    """Factor and shift, float32 `(channels,)`, that a batch norm applies in eval mode.
+
+    References:
+        Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+        2018, section 3.2, equation 14.
+    """
+    factor = (norm.running_var.float() + norm.eps).rsqrt()
+    if norm.affine:
+        factor = factor * norm.weight.detach().float()
+    shift = -norm.running_mean.float() * factor
+    return factor, shift + norm.bias.detach().float() if norm.affine else shift
