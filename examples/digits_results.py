@@ -1,12 +1,12 @@
 """Print the README's table: accuracy and file size of the digits networks, dense and compressed.
 
-    python examples/digits_results.py                      # about two minutes on a CPU
+    python examples/digits_results.py                      # about three minutes on a CPU
     python examples/digits_results.py --only fp32 qat8     # some methods only
     python examples/digits_results.py --validate           # train on 80 % and score the other 20 %, to choose recipes
 
-Each dense network is trained for 40 epochs; every method starts from those weights and fine-tunes for 20 more. Final
-weights are finalized, written by `save_compressed`, read back and scored once, on the 540 test images: what is scored
-is the file. Accuracies are means over the seeds.
+Each dense network is trained for 40 epochs; every method starts from those weights and fine-tunes for 20 more, but for
+post-training quantization (PTQ), which trains nothing. Final weights are finalized, written by `save_compressed`, read
+back and scored once, on the 540 test images: what is scored is the file. Accuracies are means over the seeds.
 """
 
 import argparse
@@ -17,11 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from digits import DigitsClassifier, DigitsConvNet, DigitsDataModule, DigitsMLP, accuracy, quiet
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from pquant_lightning import LowRankCallback, QATCallback, load_compressed, save_compressed
+from pquant_lightning import LowRankCallback, QATCallback, compress_model, load_compressed, save_compressed
+from pquant_lightning.core.deploy import count_params
 
 DENSE_EPOCHS, DENSE_LR = 40, 2e-3
 FINE_TUNE_EPOCHS, FINE_TUNE_LR = 20, 1e-3
@@ -53,8 +55,18 @@ METHODS: dict[str, tuple[str, Callable[[Network], list[Callback]]]] = {
     "low_rank": ("low rank, 25 %", lambda network: [low_rank(network)]),
     "qat8": ("QAT, 8 bit", lambda network: [QATCallback(bits=8)]),
     "qat4": ("QAT, 4-bit weights", lambda network: [QATCallback(weight_bits=4, act_bits=8)]),
+    "qat2": ("QAT, 2-bit weights", lambda network: [QATCallback(weight_bits=2, act_bits=8)]),
     "low_rank+qat8": ("low rank, 25 % + QAT, 8 bit", lambda network: [low_rank(network), QATCallback(bits=8)]),
 }
+
+# The options of post-training quantization, which calibrates on training images and trains nothing.
+POST_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
+    "ptq8": ("PTQ, 8 bit", {}),
+    "ptq8dynamic": ("PTQ, 8 bit, dynamic", {"scheme": "dynamic"}),
+    "ptq4": ("PTQ, 4-bit weights", {"weight_bits": 4, "act_bits": 8}),
+    "ptq2": ("PTQ, 2-bit weights", {"weight_bits": 2, "act_bits": 8}),
+}
+TITLES = {"fp32": "fp32"} | {name: title for name, (title, _) in (METHODS | POST_TRAINING).items()}
 
 
 @dataclass(frozen=True)
@@ -89,8 +101,7 @@ def score(model: DigitsClassifier, data: DigitsDataModule, path: Path) -> Score:
     save_compressed(model, path)
     deployed = load_compressed(type(model), path)
     batches = data.val_dataloader() if data.val_share else data.test_dataloader()
-    num_params = sum(parameter.numel() for parameter in model.parameters())
-    return Score(accuracy(deployed, batches), num_params, path.stat().st_size)
+    return Score(accuracy(deployed, batches), count_params(deployed), path.stat().st_size)
 
 
 def run(network: Network, methods: Sequence[str], seed: int, val_share: float, root: Path) -> dict[str, Score]:
@@ -102,6 +113,10 @@ def run(network: Network, methods: Sequence[str], seed: int, val_share: float, r
     scores = {"fp32": score(dense, data, root / "fp32.safetensors")}
     for method in methods:
         seed_everything(seed, verbose=False)
+        if method in POST_TRAINING:
+            model = compress_model(dense, "ptq", train_loader=data, **POST_TRAINING[method][1])
+            scores[method] = score(model, data, root / f"{method}.safetensors")
+            continue
         model = copy.deepcopy(dense)
         model.hparams["lr"] = FINE_TUNE_LR
         _, callbacks = METHODS[method]
@@ -114,11 +129,10 @@ def print_table(network: Network, runs: list[dict[str, Score]]) -> None:
     """One markdown row per method; `runs` holds one dict of scores per seed."""
     dense_bytes = mean(scores["fp32"].size_bytes for scores in runs)
     for method in runs[0]:
-        title = METHODS[method][0] if method in METHODS else "fp32"
         percent = 100 * mean(scores[method].accuracy for scores in runs)
         size_bytes = mean(scores[method].size_bytes for scores in runs)
         print(
-            f"| {network.title} | {title} | {percent:.2f} % | {runs[0][method].num_params:,} "
+            f"| {network.title} | {TITLES[method]} | {percent:.2f} % | {runs[0][method].num_params:,} "
             f"| {size_bytes:,.0f} | {dense_bytes / size_bytes:.1f}x |",
             flush=True,
         )
@@ -127,12 +141,12 @@ def print_table(network: Network, runs: list[dict[str, Score]]) -> None:
 def main() -> None:
     """Read the command line, run every network, and print the table row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["fp32", *METHODS], default=list(METHODS), help="default: all")
+    parser.add_argument("--only", nargs="+", choices=list(TITLES), default=list(TITLES), help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--validate", action="store_true", help="score a validation split instead of the test images")
     options = parser.parse_args()
     logging.getLogger("pquant_lightning").setLevel(logging.WARNING)  # no table per fit
-    methods = [method for method in METHODS if method in options.only]
+    methods = [method for method in (*POST_TRAINING, *METHODS) if method in options.only]
     val_share = 0.2 if options.validate else 0.0
 
     print("| model | method | accuracy | parameters | bytes | smaller |\n|---|---|---:|---:|---:|---:|", flush=True)

@@ -268,25 +268,33 @@ def fake_quantize_activation(x: Tensor, grid: Grid, clips: bool = True) -> Tenso
 
 
 class _LearnedWeight(torch.autograd.Function):
+    """Keeps one tensor for the backward: the slope d(output)/d(scale) of each value.
+
+    The slope is `round(v) - v` for v = weight / scale inside the range, at most 1/2 in magnitude, and the end code
+    outside, at least 1: so it also says what was clipped.
+    """
+
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, bits: int, axis: int | None) -> Tensor:
+        top = float(top_code(bits))
         positive = scale.float().abs().clamp_min(_TINY)
-        ratio = blocks(weight, axis) * positive.reciprocal()[..., None]
-        codes = ratio.clamp(-top_code(bits), top_code(bits)).round_()
-        ctx.save_for_backward(ratio, codes, scale)
-        ctx.options = bits, axis
-        return unblock(codes * positive[..., None], weight.shape, axis).to(weight.dtype)
+        slope = blocks(weight, axis) * positive.reciprocal()[..., None]
+        codes = slope.clamp(-top, top).round_()
+        torch.ops.aten.hardtanh_backward(slope, slope, -top, top, grad_input=slope)
+        torch.sub(codes, slope, out=slope)
+        ctx.save_for_backward(slope, scale)
+        ctx.options = top, axis
+        return unblock(codes.mul_(positive[..., None]), weight.shape, axis).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        ratio, codes, scale = ctx.saved_tensors
-        bits, axis = ctx.options
-        top = float(top_code(bits))
-        upstream = blocks(grad, axis, ratio.shape[2])
-        inside = _inside(upstream, ratio, -top, top)
-        slope = torch.linalg.vecdot(upstream, codes) - torch.linalg.vecdot(inside, ratio)
-        slope = slope * scale.sign() / (ratio.shape[2] * top) ** 0.5
-        return unblock(inside, grad.shape, axis).to(grad.dtype), slope.to(scale.dtype), None, None
+        slope, scale = ctx.saved_tensors
+        top, axis = ctx.options
+        upstream = blocks(grad, axis, slope.shape[2])
+        inside = _inside(upstream, slope, -0.75, 0.75)
+        rows = torch.bmm(upstream.flatten(0, 1).unsqueeze(1), slope.flatten(0, 1).unsqueeze(2))  # no large buffer
+        total = rows.reshape(scale.shape) * scale.sign() * (slope.shape[2] * top) ** -0.5
+        return unblock(inside, grad.shape, axis).to(grad.dtype), total.to(scale.dtype), None, None
 
 
 def learned_fake_quantize_weight(weight: Tensor, scale: Tensor, bits: int, axis: int | None = 0) -> Tensor:

@@ -84,6 +84,10 @@ class CompressedLayer(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
+    def count_in(self, name: str) -> int:
+        """Parameters that one of the `parameter_buffers` holds; more than its numbers where it is packed."""
+        return self.get_buffer(name).numel()
+
     def parameter_options(self) -> dict[str, dict[str, float]]:
         """Own parameters that want a group of their own in the optimizer, by name: `lr` (a factor), `weight_decay`."""
         return {}

@@ -56,10 +56,11 @@ def stored_bytes(module: nn.Module) -> int:
 
 def count_params(module: nn.Module) -> int:
     """Numbers the model learns or derives its weights from: parameters and integer weights, each tensor once."""
-    tensors: list[Tensor] = list(module.parameters())
+    counts = {id(parameter): parameter.numel() for parameter in module.parameters()}
     for layer in compressed_layers(module).values():
-        tensors += [b for name, b in layer.named_buffers(recurse=False) if name in layer.parameter_buffers]
-    return sum(t.numel() for t in {id(t): t for t in tensors}.values())
+        own = dict(layer.named_buffers(recurse=False))
+        counts.update({id(own[name]): layer.count_in(name) for name in layer.parameter_buffers if name in own})
+    return sum(counts.values())
 
 
 def deployed_bytes(spec: dict[str, Any], layer: nn.Module) -> int:

@@ -88,6 +88,7 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
         layer.register_buffer("scale", torch.empty(channels, groups, dtype=torch.float32))
         if spec["act"] == "static":
             layer.register_buffer("act_grid", torch.empty(2, dtype=torch.float32))
+            quantized_decomposed()  # exporters look for these operations before they run the model
         layer.register_buffer("like", torch.empty(0, dtype=_DTYPES[spec["dtype"]], device="cpu"), persistent=False)
         if not isinstance(layer, nn.Embedding):
             del layer.bias
@@ -114,6 +115,9 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
             return self.codes
         count = self.shape.numel() // self.shape[self.axis]
         return unblock(unpack(self.codes, count, self.spec["bits"]), self.shape, self.axis)
+
+    def count_in(self, name: str) -> int:
+        return self.shape.numel() if name == "codes" else super().count_in(name)
 
     def dense_weight(self) -> Tensor:
         return dequantize(self.weight_codes(), self.scale, self.axis).to(self.like.dtype)

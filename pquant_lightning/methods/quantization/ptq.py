@@ -11,6 +11,7 @@ from pquant_lightning.core.options import check_count
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.methods.quantization._base import QuantizationMethod
 from pquant_lightning.methods.quantization._forms import FLOAT
+from pquant_lightning.methods.quantization._integer import IntLayer
 from pquant_lightning.methods.quantization._layers import TRAINING_KINDS, QuantLayer
 
 
@@ -106,7 +107,8 @@ class PTQCompression(QuantizationMethod):
             for layer in compressed_layers(model).values()
             if isinstance(layer, QuantLayer) and not layer.spec["trains"] and layer.spec["act"] == "static"
         ]
-        if static and not any(layer.deployable for layer in static):
+        deployed = any(isinstance(layer, IntLayer) for layer in compressed_layers(model).values())
+        if static and not deployed and not any(layer.deployable for layer in static):
             raise ModelError(
                 "The model was to be quantized after training and has not been calibrated: the checkpoint is from the "
                 "middle of a fit. Load the artefact that the fit has written (compressed.safetensors), or finish the "

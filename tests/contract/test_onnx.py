@@ -1,0 +1,95 @@
+"""Every kind of layer in its deployed form exports to ONNX, and onnxruntime computes the same."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from pquant_lightning import CompressedLayer, compress_model, finalize
+from pquant_lightning.core.compressed_layer import compressed_layers
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "linear": (nn.Linear(24, 40), (4, 24)),
+    "conv1d": (nn.Conv1d(4, 16, 3), (4, 4, 9)),
+    "conv2d": (nn.Conv2d(4, 16, 3, groups=2, padding=1), (4, 4, 9, 9)),
+    "conv3d": (nn.Conv3d(4, 16, 3), (4, 4, 5, 5, 5)),
+    "conv_transpose1d": (nn.ConvTranspose1d(8, 12, 3), (4, 8, 5)),
+    "conv_transpose2d": (nn.ConvTranspose2d(8, 12, 3, stride=2), (4, 8, 5, 5)),
+    "conv_transpose3d": (nn.ConvTranspose3d(8, 12, 2), (4, 8, 3, 3, 3)),
+    "embedding": (nn.Embedding(40, 24), (4, 6)),
+}
+INT_ROWS = [(layer, "ptq", {"min_saving": 0.0}) for layer in LAYERS]
+ROWS: list[tuple[str, str, dict[str, Any]]] = [
+    *INT_ROWS,
+    ("linear", "ptq", {"scheme": "dynamic"}),
+    ("conv2d", "ptq", {"scheme": "dynamic", "min_saving": 0.0}),
+    ("linear", "ptq", {"bits": 4, "scheme": "weight_only", "group_size": 8}),
+    ("linear", "ptq", {"bits": 3}),
+    ("embedding", "ptq", {"bits": 4, "scheme": "weight_only"}),
+    ("linear", "low_rank", {"rank": 4}),
+    ("conv2d", "low_rank", {"rank": 2}),
+    ("conv_transpose2d", "low_rank", {"rank": 2}),
+    ("embedding", "low_rank", {"rank": 4}),
+]
+
+
+def _inputs(name: str) -> torch.Tensor:
+    shape = LAYERS[name][1]
+    torch.manual_seed(1)
+    return torch.randint(40, shape) if name == "embedding" else torch.randn(shape)
+
+
+def _deployed(name: str, method: str, options: dict[str, Any]) -> nn.Module:
+    model = nn.Sequential(LAYERS[name][0])
+    return finalize(compress_model(model, method, train_loader=[_inputs(name)], **options))
+
+
+def _run(model: nn.Module, x: torch.Tensor, path: Path) -> np.ndarray:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), dynamo=True, verbose=False, dynamic_shapes=({0: batch},)).save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    result: np.ndarray = session.run(None, {session.get_inputs()[0].name: x[:3].numpy()})[0]
+    return result
+
+
+@pytest.mark.parametrize(("layer", "method", "options"), ROWS, ids=lambda value: str(value))
+def test_onnxruntime_computes_the_same(layer: str, method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model, x = _deployed(layer, method, options), _inputs(layer)
+    assert compressed_layers(model)
+    with torch.no_grad():
+        expected = model(x)[:3].numpy()
+
+    found = _run(model, x, tmp_path / "model.onnx")
+
+    # QuantizeLinear divides by the scale, we multiply by its inverse: a value between two codes may go either way
+    assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
+    assert np.median(np.abs(found - expected)) <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_folded_norm_exports(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    x = _inputs("conv2d")
+    net.train()(x)
+    model = compress_model(net.eval(), "ptq", train_loader=[x], min_saving=0.0)
+    assert type(model[1]).__name__ == "FoldedNorm"
+    with torch.no_grad():
+        expected = model(x)[:3].numpy()
+    found = _run(model, x, tmp_path / "model.onnx")
+    assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
+
+
+def test_every_deployed_kind_has_a_row() -> None:
+    exported = set()
+    for name, method, options in ROWS:
+        exported |= {layer.kind for layer in compressed_layers(_deployed(name, method, options)).values()}
+    exported.add("folded_norm")
+    own = {kind: cls for kind, cls in CompressedLayer.kinds.items() if cls.__module__.startswith("pquant_lightning.")}
+    training_only = {kind for kind, cls in own.items() if kind.startswith("quant_")}
+    assert set(own) - training_only == exported
