@@ -134,7 +134,8 @@ def bind_batch(model: nn.Module, batch: Any, labelled: bool = True) -> tuple[tup
     """Positional and keyword arguments of `model.forward` out of a batch.
 
     A tensor is the first argument. Of a tuple or list with several entries the last is the target, unless `forward`
-    requires them all; it gives as many positional arguments as `forward` takes. Of a dict, the entries that `forward`
+    requires them all; it gives as many positional arguments as `forward` takes. Where the first entry is a tuple or a
+    dict, it holds all inputs. Of a dict, the entries that `forward`
     has names for are passed by name; where it has none, the dict is the first argument.
 
     Raises:
@@ -156,11 +157,11 @@ def bind_batch(model: nn.Module, batch: Any, labelled: bool = True) -> tuple[tup
         return (), named
     if not isinstance(batch, list | tuple):
         return (batch,), {}
+    if batch and isinstance(batch[0], Mapping | list | tuple):
+        return bind_batch(model, batch[0], labelled=False)
     inputs = batch[:-1] if labelled and len(batch) > max(1, len(required)) else batch
     if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         inputs = inputs[: len(positional)]
-    if len(inputs) == 1 and isinstance(inputs[0], Mapping | list | tuple):
-        return bind_batch(model, inputs[0], labelled=False)
     if len(inputs) < len(required):
         raise CalibrationError(
             f"{type(model).__name__}.forward requires {', '.join(p.name for p in required)}, and the calibration "

@@ -138,7 +138,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def trace(model: nn.Module, samples: Samples) -> Graph:
-    """Records the data flow of the model on the first two samples, in eval mode.
+    """Records the data flow of the model on the first two samples, in eval mode; what they do not reach is unknown.
 
     Raises:
         CalibrationError: the model cannot be run on them.
