@@ -37,8 +37,8 @@ FLOORS = {  # first part of a module's name inside the package -> floor
 WITH_LIGHTNING = ("callbacks", "pipelines", "cli", "api")
 OPTIONAL = ("tensorflow", "jax", "onnx", "onnxruntime", "matplotlib", "sklearn", "peft")
 LATER_METHODS = (
-    "factorization lora tensor_train tucker cp ptq mixed_precision unstructured_pruning structured_pruning "
-    "quantization pruning tensor_network"
+    "factorization lora tensor_train tucker cp mixed_precision unstructured_pruning structured_pruning "
+    "pruning tensor_network"
 ).split()
 
 
@@ -291,7 +291,8 @@ def test_private_names_are_found():
 PUBLIC = (
     "LowRankCallback QATCallback CompressionCallback compress_model finalize save_compressed load_compressed "
     "compression_report prepare CompressedModule CompressionMethod LayerMethod CompressedLayer "
-    "CompressionMethodRegistry LayerAdapter register_adapter ConfigManager LowRankCompression QATCompression"
+    "CompressionMethodRegistry LayerAdapter register_adapter ConfigManager LowRankCompression QATCompression "
+    "PTQCallback PTQCompression QuantizationCompression"
 ).split()
 
 
@@ -325,10 +326,12 @@ def test_signatures(name, signature):
 
 
 def test_registry_names_and_options():
-    assert {"low_rank", "qat"} <= set(CompressionMethodRegistry.list_available())
+    assert {"low_rank", "qat", "ptq", "quantization"} <= set(CompressionMethodRegistry.list_available())
     options = {name: set(inspect.signature(getattr(pquant_lightning, name)).parameters) for name in PUBLIC[:2]}
     assert {"rank", "energy", "param_ratio", "include", "exclude", "name"} <= options["LowRankCallback"]
     assert {"bits", "weight_bits", "act_bits", "include", "exclude", "name"} <= options["QATCallback"]
+    assert {"quantizer", "start"} <= options["QATCallback"]
+    assert {"bits", "scheme", "group_size", "name"} <= set(inspect.signature(pquant_lightning.PTQCallback).parameters)
 
 
 def test_there_is_a_version():

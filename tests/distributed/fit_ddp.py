@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 
-from pquant_lightning import LowRankCallback, QATCallback
+from pquant_lightning import LowRankCallback, PTQCallback, QATCallback
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.methods.low_rank import _truncated_svd
 from pquant_lightning.methods.low_rank.svd import LowRankCompression
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--ckpt")
     parser.add_argument("--nan", action="store_true")
+    parser.add_argument("--calibrate", action="store_true", help="quantize after the training instead")
     options = parser.parse_args()
     rank = int(os.environ.get("LOCAL_RANK", 0))
     counts: dict[str, int] = {}
@@ -53,7 +54,7 @@ def main() -> None:
         devices=2,
         strategy="ddp",
         max_epochs=options.epochs,
-        callbacks=[LowRankCallback(energy=0.6), QATCallback(bits=8)],
+        callbacks=[PTQCallback()] if options.calibrate else [LowRankCallback(energy=0.6), QATCallback(bits=8)],
         default_root_dir=options.root,
         logger=False,
         enable_progress_bar=False,

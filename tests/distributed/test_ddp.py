@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from pquant_lightning import load_compressed
 from tests.distributed.launch import both_ranks, run
 from tests.models import ConvNet
@@ -21,6 +23,20 @@ def test_ranks_end_bitwise_in_sync_and_resume(tmp_path: Path) -> None:
     assert again[0]["digest"] == again[1]["digest"] != zero["digest"]
     assert [rank["kinds"] for rank in again] == [zero["kinds"]] * 2
     assert [rank["counts"] for rank in again] == [{}, {}]
+
+
+def test_calibration_sees_the_data_of_both_ranks(tmp_path: Path) -> None:
+    zero, one = both_ranks("fit_ddp", tmp_path, "--calibrate")
+    assert set(zero["kinds"].values()) == {"quant_conv2d", "quant_linear"}
+    assert one["digest"] == zero["digest"]
+    deployed = load_compressed(ConvNet, tmp_path / "compressed.safetensors")
+    low, high = (float(deployed.conv1.act_grid[0] * (code - deployed.conv1.act_grid[1])) for code in (0, 255))
+    pixels = [batch[0] for batch in ConvNet.loader()]
+    both, halves = torch.cat(pixels), [torch.cat(pixels)[rank::2] for rank in (0, 1)]
+    assert any(half.max() < both.max() for half in halves)
+    assert both.min() <= low + 0.05
+    assert high - 0.05 <= both.max()
+    assert high - low > 0.8 * (both.max() - both.min())
 
 
 def test_an_error_on_rank_zero_ends_both(tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ class TestBindBatch:
             (One(), ((A,), Y), (A,), {}),
             (Two(), (({"x": A, "mask": B},), Y), (), {"x": A, "mask": B}),
             (WithDefault(), ((A, B), Y), (A, B), {}),
+            (WithDefault(), ({"x": A, "mask": B}, Y), (), {"x": A, "mask": B}),
         ],
     )
     def test_arguments(self, model: nn.Module, batch: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:

@@ -17,10 +17,11 @@ def layer_config(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(spec: dict[str, Any]) -> str:
-    """Bits of weights and inputs, in words."""
+    """Bits of weights and inputs, in words; and why a layer with quantized inputs does not compute in integers."""
     groups = f" in groups of {spec['group_size']}" if spec["group_size"] else ""
     acts = f", {spec['act_bits']}-bit {spec['act']} inputs" if spec["act_bits"] < FLOAT else ""
-    return f"{spec['bits']}-bit weights{groups}{acts}"
+    why = f" ({spec['kernel']})" if acts and spec["kernel"] != "integer" else ""
+    return f"{spec['bits']}-bit weights{groups}{acts}{why}"
 
 
 class LinearForm(nn.Linear):
