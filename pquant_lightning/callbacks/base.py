@@ -392,7 +392,7 @@ def _write_artifact(trainer: Trainer, module: LightningModule, path: Path, gathe
 def _take_samples(trainer: Trainer, module: LightningModule, method: CompressionMethod) -> Samples | None:
     """Each process takes its share of the training data; None where the method wants none.
 
-    Where the model cannot be run on them, a method that trains goes on without, with a warning.
+    Where the model cannot be run on them, a method that does not need them goes on without, with a warning.
     """
     if not method.wanted_samples:
         return None
@@ -408,9 +408,9 @@ def _take_samples(trainer: Trainer, module: LightningModule, method: Compression
         for _ in run_samples(module, Samples((first_samples(samples.batches[0], 2),), samples.run)):
             pass
     except CalibrationError as error:
-        if not method.trains:
+        if method.needs_samples:
             raise
-        log.warning("%s starts without calibration, from the first training batches: %s", method.name, error)
+        log.warning("%s goes on without calibration: %s", method.name, error)
         return None
     return samples
 

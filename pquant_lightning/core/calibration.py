@@ -177,7 +177,9 @@ def run_forward(model: nn.Module, batch: Any) -> Any:
 
 
 def run_samples(model: nn.Module, samples: Samples, batch_norms: bool = False) -> Iterator[Any]:
-    """Runs the model on each batch, in eval mode without gradients, on its own device; yields its outputs.
+    """Runs the model on each batch, in eval mode without gradients; yields its outputs.
+
+    Batches are moved to the model's device, and to its precision where that is not float32.
 
     Args:
         model: its training flags and its statistics are as before when all is done.
@@ -188,7 +190,12 @@ def run_samples(model: nn.Module, samples: Samples, batch_norms: bool = False) -
     Raises:
         CalibrationError: the model cannot be run on these batches.
     """
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    reference = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.empty(0))
+    halved = reference.dtype != torch.float32  # a loader gives float32, whatever the model's precision is
+
+    def placed(tensor: Tensor) -> Tensor:
+        return tensor.to(reference.device, reference.dtype if halved and tensor.is_floating_point() else None)
+
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     norms: list[Any] = [
@@ -203,7 +210,7 @@ def run_samples(model: nn.Module, samples: Samples, batch_norms: bool = False) -
             if norms and batch_size(batch) < 2:
                 continue
             with torch.no_grad():
-                yield _run(model, samples.run, _map(lambda tensor: tensor.to(device), batch))
+                yield _run(model, samples.run, _map(placed, batch))
     finally:
         for norm, momentum, tracked in kept:
             norm.momentum, norm.num_batches_tracked = momentum, tracked
@@ -220,7 +227,7 @@ def _run(model: nn.Module, run: Run, batch: Any) -> Any:
         raise CalibrationError(
             f"{type(model).__name__} cannot be run on the calibration batches ({describe_batch(batch)}): "
             f"{type(error).__name__}: {error}. Give a loader whose batches hold what forward takes, in its order, "
-            "optionally followed by a target."
+            "optionally followed by a target; in a LightningModule, predict_step(batch, batch_idx) may say what to run."
         ) from error
 
 

@@ -80,6 +80,11 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
         return 0
 
     @property
+    def needs_samples(self) -> bool:
+        """Whether the method cannot do without samples."""
+        return False
+
+    @property
     def completes_at(self) -> float:
         """Progress of training, in [0, 1], at which the target is reached; 0 for methods that act at the start."""
         return 0.0

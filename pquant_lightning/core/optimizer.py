@@ -8,6 +8,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pquant_lightning.core.compressed_layer import compressed_layers
 
+_PER_GROUP = ("lrs", "_lr", "lambdas", "momentums")
+
 
 def separate_groups(model: nn.Module, optimizer: Optimizer, schedulers: list[Any]) -> None:
     """Moves parameters with `parameter_options` out of their groups into new ones with the same settings but these.
@@ -54,12 +56,16 @@ def _add_group(
 
 
 def _extend(scheduler: Any, source: int, count: int, factor: float) -> None:
-    """Every list of the scheduler with an entry per group gets one for the new group; learning rates are scaled."""
-    for value in vars(scheduler).values():
+    """Every list of the scheduler with an entry per group gets one for the new group; learning rates are scaled.
+
+    Such lists are known by the ends of their names: others (milestones) may be as long by chance.
+    """
+    for name, value in vars(scheduler).items():
         if isinstance(value, LRScheduler | ReduceLROnPlateau):
             _extend(value, source, count, factor)
         elif isinstance(value, list) and any(isinstance(item, LRScheduler | ReduceLROnPlateau) for item in value):
             for inner in value:
                 _extend(inner, source, count, factor)
-        elif isinstance(value, list) and len(value) == count:
-            value.append(value[source] * factor if isinstance(value[source], float) else value[source])
+        elif isinstance(value, list) and len(value) == count and name.endswith(_PER_GROUP):
+            scaled = isinstance(value[source], float) and not name.endswith("momentums")
+            value.append(value[source] * factor if scaled else value[source])

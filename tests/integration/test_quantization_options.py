@@ -23,6 +23,7 @@ from pquant_lightning import (
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError
 from pquant_lightning.methods.quantization.qat import bits_in_force
+from tests.integration.test_traps_runtime import SGDMLP
 from tests.models import MLP, ConvNet, Transformer, fit, quiet_trainer
 
 
@@ -246,6 +247,13 @@ class TestPTQInTrainer:
         assert 0 < error(plain, artefact, x) < 0.1
         torch.testing.assert_close(finalize(model)(x), artefact(x))
 
+    @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", "bf16-mixed"])
+    def test_precisions(self, precision: Any, tmp_path: Path) -> None:
+        callback = PTQCallback()
+        model = fit(quiet_trainer(tmp_path, [callback], precision=precision), SGDMLP())
+        x = MLP.inputs(64)[0].to(model.fc1.weight.dtype)
+        assert error(model.eval(), load_compressed(SGDMLP, callback.artifact), x) < 0.1
+
     def test_testing_the_best_keeps_what_was_measured(self, tmp_path: Path) -> None:
         best = ModelCheckpoint(tmp_path, monitor="val_loss")
         trainer = quiet_trainer(tmp_path, [PTQCallback(), best], max_epochs=3)
@@ -257,6 +265,41 @@ class TestPTQInTrainer:
         fit(quiet_trainer(tmp_path, [PTQCallback(), ModelCheckpoint(tmp_path, filename="middle")]), MLP())
         with pytest.raises(ModelError, match="not been calibrated.*artefact"):
             finalize(load_compressed(MLP, tmp_path / "middle.ckpt"))
+
+
+class WithoutForward(MLP):
+    """Computes in its steps only."""
+
+    forward = torch.nn.Module.forward
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(MLP.forward(self, batch[0]), batch[1])
+
+
+class WithPredictStep(WithoutForward):
+    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return MLP.forward(self, batch[0])
+
+
+class TestModulesWithoutForward:
+    def test_static_calibration_is_an_error_that_names_predict_step(self, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match="predict_step"):
+            fit(quiet_trainer(tmp_path, [PTQCallback()]), WithoutForward())
+
+    @pytest.mark.parametrize("callback", [PTQCallback(scheme="dynamic"), QATCallback()], ids=["ptq", "qat"])
+    def test_what_does_not_need_data_goes_on_without(self, callback: Any, tmp_path: Path, package_log: Any) -> None:
+        model = fit(quiet_trainer(tmp_path, [callback]), WithoutForward())
+        assert "goes on without calibration" in package_log.text
+        assert all(layer.deployed for layer in compressed_layers(finalize(model)).values())
+
+    def test_predict_step_says_what_to_run(self, tmp_path: Path) -> None:
+        callback = PTQCallback()
+        model = fit(quiet_trainer(tmp_path, [callback]), WithPredictStep())
+        x = MLP.inputs(64)[0]
+        artefact = load_compressed(WithPredictStep, callback.artifact)
+        assert artefact.fc1.deployed
+        expected, found = (MLP.forward(net.eval(), x).detach() for net in (model, artefact))
+        assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 class TestQAT:

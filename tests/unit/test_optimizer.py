@@ -192,12 +192,7 @@ def rates(optimizer: Optimizer, scheduler: Any, count: int = STEPS) -> list[list
     return found
 
 
-MILESTONES = pytest.mark.xfail(strict=True, reason="SequentialLR's milestones, as many as groups, grow too: IndexError")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=MILESTONES if name == "sequential" else ()) for name in SCHEDULERS]
-)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_keep_the_ratio(name: str, model: Any) -> None:
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     scheduler = SCHEDULERS[name](optimizer)
@@ -226,9 +221,7 @@ def test_two_groups_with_rates_of_their_own(name: str, model: Any) -> None:
         assert second == pytest.approx(first / 10) or name == "one_cycle"
 
 
-@pytest.mark.parametrize(
-    "name", ["cosine", "lambda", "one_cycle", pytest.param("sequential", marks=MILESTONES), "plateau"]
-)
+@pytest.mark.parametrize("name", ["cosine", "lambda", "one_cycle", "sequential", "plateau"])
 def test_state_dicts_of_optimizer_and_scheduler_go_round(name: str) -> None:
     def made() -> tuple[Any, Optimizer, Any]:
         torch.manual_seed(0)

@@ -74,8 +74,12 @@ def _bins(found: InputStatistics, count: int) -> tuple[Tensor, Tensor]:
 
 def _entropy(found: InputStatistics, bits: int) -> Range:
     """Both extremes shrunk by one factor, for the least Kullback-Leibler divergence between the values' distribution,
-    clipped, and its version in 2**bits levels (Migacz, "8-bit Inference with TensorRT", 2017)."""
+    clipped, and its version in 2**bits levels (Migacz, "8-bit Inference with TensorRT", 2017).
+
+    As there, zeros do not count: they are exact in any range, and behind a ReLU half of all values.
+    """
     counts, centers = _bins(found, len(found.histogram))
+    counts = counts.where((centers - centers[centers.abs().argmin()]).abs() > 0, 0.0)
     best, least = (found.minimum, found.maximum), torch.inf
     for share in _SHARES.tolist():
         low, high = found.minimum * share, found.maximum * share

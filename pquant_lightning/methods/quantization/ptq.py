@@ -74,6 +74,10 @@ class PTQCompression(QuantizationMethod):
         if self.scheme == "static" and self.num_samples == 0:
             raise OptionError("PTQCompression: scheme='static' measures inputs, so num_samples is at least 1, got 0.")
 
+    @property
+    def needs_samples(self) -> bool:
+        return self.scheme == "static"
+
     def bits_of(self, name: str, is_end: bool) -> tuple[int, int]:
         protected = is_end and not (self.first_last_bits is None and self.group_size is not None)
         weight_bits, act_bits = super().bits_of(name, protected)
@@ -93,7 +97,7 @@ class PTQCompression(QuantizationMethod):
         }
 
     def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
-        if context.samples is None and self.scheme == "static":
+        if context.samples is None and self.needs_samples:
             raise CalibrationError(
                 "ptq with scheme='static' measures the inputs of the layers: give compress_model a train_loader (a "
                 "loader, a list of batches or a datamodule), or use scheme='dynamic' or 'weight_only'."
