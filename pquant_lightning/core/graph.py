@@ -67,17 +67,17 @@ class Graph:
             elsewhere = tensor in self.outputs or any(
                 tensor in op.inputs and op.module not in (layer, norm) for op in self.operations
             )
-            flat = not isinstance(modules[layer], nn.Linear) or len(self.shapes[tensor]) == 2
-            foldable = _is_foldable(modules[norm], modules[layer]) and flat
+            foldable = _is_foldable(modules[norm], modules[layer], len(self.shapes[tensor]))
             if times[norm] == times[layer] == 1 and not elsewhere and foldable:
                 pairs[layer] = norm
         return pairs
 
 
-def _is_foldable(norm: nn.Module, layer: nn.Module) -> bool:
+def _is_foldable(norm: nn.Module, layer: nn.Module, dimensions: int) -> bool:
     """Its statistics are fixed in eval, and each of its channels is one output channel of the layer's weight."""
+    batched = dimensions == max(2, layer.weight.ndim)  # without a batch, the norm's channels are another dimension
     one_to_one = not isinstance(layer, _PRODUCERS[4:]) or layer.groups == 1
-    return norm.running_mean is not None and one_to_one
+    return norm.running_mean is not None and one_to_one and batched
 
 
 class _Recorder(TorchFunctionMode):

@@ -121,7 +121,6 @@ def test_dimensions(shape: tuple[int, ...], layer: nn.Module, norm: nn.Module, f
     assert pairs(nn.Sequential(layer, norm), torch.randn(shape)) == found
 
 
-@pytest.mark.xfail(strict=True, reason="an output without a batch dimension is folded over the wrong dimension")
 def test_a_convolution_without_a_batch_dimension_is_not_mistaken() -> None:
     """`(channels, height, width)` out of Conv2d is `(batch, channels, length)` to BatchNorm1d."""
     net = Net(lambda n, x: n.bn(n.conv(x[0])), nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm1d(6))

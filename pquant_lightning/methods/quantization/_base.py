@@ -18,7 +18,7 @@ from pquant_lightning.core.compression_method import (
     relative_error,
 )
 from pquant_lightning.core.deploy import deployed_bytes
-from pquant_lightning.core.errors import OptionError, known
+from pquant_lightning.core.errors import CalibrationError, OptionError, known
 from pquant_lightning.core.graph import Graph, trace
 from pquant_lightning.core.layer_adapter import as_torch, layer_spec
 from pquant_lightning.core.options import check_count
@@ -174,6 +174,11 @@ class QuantizationMethod(LayerMethod):
         if not asking or context.samples is None:
             return
         found = collect_inputs(model, list(asking), context.samples, batch_norms=self.trains)
+        if not found and not self.trains:
+            raise CalibrationError(
+                f"Calibration reached none of the layers to be quantized ({', '.join(asking)}): the model's forward, or "
+                "predict_step, does not call them on the given samples. Widen include, or give samples that reach them."
+            )
         for name, layer in asking.items():
             if name in found:
                 layer.set_statistics(found[name], choose_range(found[name], self.observer, layer.spec["act_bits"]))
