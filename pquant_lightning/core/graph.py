@@ -73,7 +73,7 @@ class Graph:
         return pairs
 
 
-def _is_foldable(norm: nn.Module, layer: nn.Module, dimensions: int) -> bool:
+def _is_foldable(norm: Any, layer: Any, dimensions: int) -> bool:
     """Its statistics are fixed in eval, and each of its channels is one output channel of the layer's weight."""
     batched = dimensions == max(2, layer.weight.ndim)  # without a batch, the norm's channels are another dimension
     one_to_one = not isinstance(layer, _PRODUCERS[4:]) or layer.groups == 1

@@ -176,8 +176,8 @@ class QuantizationMethod(LayerMethod):
         found = collect_inputs(model, list(asking), context.samples, batch_norms=self.trains)
         if not found and not self.trains:
             raise CalibrationError(
-                f"Calibration reached none of the layers to be quantized ({', '.join(asking)}): the model's forward, or "
-                "predict_step, does not call them on the given samples. Widen include, or give samples that reach them."
+                f"Calibration reached none of the layers to be quantized ({', '.join(asking)}): the model's forward, "
+                "or predict_step, does not call them on the given samples. Give samples that reach them."
             )
         for name, layer in asking.items():
             if name in found:
