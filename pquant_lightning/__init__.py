@@ -13,6 +13,7 @@ from pquant_lightning.api import (
 )
 from pquant_lightning.callbacks.base import CompressionCallback
 from pquant_lightning.callbacks.low_rank import LowRankCallback
+from pquant_lightning.callbacks.pruning import PruningCallback
 from pquant_lightning.callbacks.quantization import PTQCallback, QATCallback
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compressed_layer import CompressedLayer
@@ -23,6 +24,8 @@ from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport
 from pquant_lightning.methods.low_rank.svd import LowRankCompression
+from pquant_lightning.methods.pruning.family import PruningCompression
+from pquant_lightning.methods.pruning.unstructured import UnstructuredPruning
 from pquant_lightning.methods.quantization.family import QuantizationCompression
 from pquant_lightning.methods.quantization.ptq import PTQCompression
 from pquant_lightning.methods.quantization.qat import QATCompression
@@ -45,9 +48,12 @@ __all__ = [
     "PQuantError",
     "PTQCallback",
     "PTQCompression",
+    "PruningCallback",
+    "PruningCompression",
     "QATCallback",
     "QATCompression",
     "QuantizationCompression",
+    "UnstructuredPruning",
     "compress_model",
     "compression_report",
     "finalize",

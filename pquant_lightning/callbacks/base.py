@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from pquant_lightning.callbacks._monitors import reset_monitors, reset_would_matter
 from pquant_lightning.callbacks._optimizers import repair_optimizers
-from pquant_lightning.core._private import launches_copies, resume_path
+from pquant_lightning.core._private import averaged_models, launches_copies, resume_path
 from pquant_lightning.core.calibration import Samples, first_samples, run_samples
 from pquant_lightning.core.compressed_layer import compressed_layers, install_hook, is_hooked, read_specs, rebuild
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod
@@ -113,15 +113,16 @@ class _MethodCallback(Callback):
                 f"{type(module).__name__} is finalized: the layers of {self.state_key} hold integers, which cannot be "
                 "trained. Fit the model in training form: load a checkpoint of the fit (.ckpt) instead of the artefact."
             )
-        if own:
+        if own or self.method.applied_to(module, self._state):
             return
         samples = _take_samples(trainer, module, self.method)
-        context = CompressionContext(by=self.state_key, track=partial(_track, trainer), samples=samples)
+        self._state, self._complete = {}, False
+        track = partial(_track, trainer)
+        context = CompressionContext(by=self.state_key, track=track, samples=samples, state=self._state)
         plan = self._shared_plan(trainer, module, context)
         self.method.apply(module, plan, context)
-        if self.method.trains:
+        if not self.method.acts_after_training:
             self.method.calibrate(module, context)
-        self._state, self._complete = {}, False
         self._scratch = _Run(errors=context.errors, skipped=plan.skipped, compressed=True)
         if trainer.strategy.restore_checkpoint_after_setup:  # sharded strategies do not synchronise the ranks
             for entry in plan.layers:
@@ -173,11 +174,30 @@ class _MethodCallback(Callback):
         if type(self.method).step is CompressionMethod.step:
             return
         progress = self._scratch.progress = _progress(trainer, batch_idx)
+        completes = not self._complete and progress >= self.method.completes_at
+        if not (self._is_due(trainer.global_step, batch_idx) or completes):
+            return
         self.method.step(pl_module, self._state, progress)
-        if not self._complete and progress >= self.method.completes_at:
+        for average in averaged_models(trainer):
+            self.method.project(average, self._state)
+        if completes:
             self._complete = True
             if self.reset_monitors and self.method.completes_at > 0:
                 self._start_monitors_afresh(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.method.observe(pl_module, self._state)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, value in self.method.metrics(pl_module, self._state).items():
+            pl_module.log(f"pquant/{name}" + (f"/{self.name}" if self.name else ""), value, sync_dist=True)
+
+    def _is_due(self, step: int, batch_idx: int) -> bool:
+        period = self.method.steps_between
+        before, self._scratch.step = self._scratch.step, step
+        if not period:
+            return period == 0 or batch_idx == 0
+        return step // period > (step - 1 if before is None else before) // period
 
     def _start_monitors_afresh(self, trainer: Trainer) -> None:
         if reset_would_matter(trainer):
@@ -191,11 +211,11 @@ class _MethodCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove_handles()
         smoke_test: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if not self.method.trains and type(self.method).calibrate is not CompressionMethod.calibrate:
+        if self.method.acts_after_training:
             samples = self._scratch.samples = _take_samples(trainer, pl_module, self.method)
             self.method.calibrate(pl_module, CompressionContext(by=self.state_key, samples=samples))
-        if self is _ours(trainer)[-1] and any(callback._scratch.samples for callback in _ours(trainer)):
-            _report(trainer, pl_module)  # a layer that calibration has not reached stays as it is
+        if self is _ours(trainer)[-1]:
+            _report(trainer, pl_module)  # what a schedule or calibration has changed since the start
         if self.method.completes_at > 0 and not self._complete and not smoke_test:
             log.warning(
                 "%s reaches its target at %.0f %% of the training, and the training ended at %.0f %%. Train longer, or "
@@ -251,6 +271,7 @@ class _Run:
         self.skipped = skipped
         self.compressed = compressed
         self.progress = 0.0
+        self.step: int | None = None  # the optimizer step before which the last batch was
         self.names_before: dict[int, str] = {}
         self.handles: list[Any] = []
         self.gathered: dict[str, Any] | None = None

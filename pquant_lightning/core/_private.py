@@ -63,6 +63,15 @@ def resume_path(trainer: Any) -> str | None:
     return None
 
 
+def averaged_models(trainer: Any) -> list[torch.nn.Module]:
+    """The models that WeightAveraging (EMA) and StochasticWeightAveraging keep beside the trained one.
+
+    Lightning 2.6.6, callbacks/weight_averaging.py (an AveragedModel around the copy) and stochastic_weight_avg.py.
+    """
+    held = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    return [getattr(model, "module", model) for model in held if isinstance(model, torch.nn.Module)]
+
+
 def launches_copies(trainer: Any) -> bool:
     """Whether fit runs in processes that get a copy of the model (`ddp_spawn`, `ddp_fork`, `ddp_notebook`).
 

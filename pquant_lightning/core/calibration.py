@@ -274,11 +274,8 @@ class _Collector:
         self.total, self.count = torch.zeros(()), 0
         self.values: list[Tensor] = []
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
-            return
-        x = x.detach().float()
+    def __call__(self, x: Tensor) -> None:
+        x = x.float()
         low, high = torch.aminmax(x)
         extremes = torch.stack([-low, high]).cpu()
         if not torch.isfinite(extremes).all():
@@ -308,15 +305,45 @@ def collect_inputs(
     """
     share = max(MAX_VALUES // len(samples.batches), 1)
     collectors = {name: _Collector(name, model.get_submodule(name), share) for name in names}
-    handles = [c.layer.register_forward_pre_hook(c, with_kwargs=True) for c in collectors.values()]
+    visit_inputs(model, names, samples, lambda name, x: collectors[name](x), batch_norms)
+    return {n: _summary(c, bins, _reduces(samples)) for n, c in collectors.items() if c.extremes is not None}
+
+
+def visit_inputs(
+    model: nn.Module,
+    names: Sequence[str],
+    samples: Samples,
+    visit: Callable[[str, Tensor], None],
+    batch_norms: bool = False,
+) -> None:
+    """Calls `visit(name, x)` with every floating-point input of the named layers, in one pass over the samples."""
+
+    def hook(name: str) -> Any:
+        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if isinstance(x, Tensor) and x.is_floating_point() and x.numel() > 0:
+                visit(name, x.detach())
+
+        return call
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in names]
     try:
         for _ in run_samples(model, samples, batch_norms):
             pass
     finally:
         for handle in handles:
             handle.remove()
-    reduce = samples.reduce and torch.distributed.is_available() and torch.distributed.is_initialized()
-    return {name: _summary(c, bins, reduce) for name, c in collectors.items() if c.extremes is not None}
+
+
+def reduced(total: Tensor, samples: Samples) -> Tensor:
+    """A sum over the samples of this process, in place the sum over those of all processes."""
+    if _reduces(samples):
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def _reduces(samples: Samples) -> bool:
+    return samples.reduce and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _summary(collected: _Collector, bins: int, reduce: bool) -> InputStatistics:

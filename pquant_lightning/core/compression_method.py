@@ -40,6 +40,7 @@ class CompressionContext:
         errors: filled by `apply`: relative weight error ||W - W'|| / ||W|| by layer name.
         samples: data to calibrate on, as many as the method's `wanted_samples`; None where there are none.
         notes: what a method's own `plan` finds out about the model and its `plan_layer` uses.
+        state: the method's own, the same that `step` and `project` are given; in a Trainer it is checkpointed.
     """
 
     by: str
@@ -47,6 +48,7 @@ class CompressionContext:
     errors: dict[str, float] = field(default_factory=dict)
     samples: Samples | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -73,6 +75,9 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
     stage: ClassVar[Stage] = Stage.QUANTIZE  # last, unless a method says otherwise
     trains: ClassVar[bool] = False  # the method's own form must be trained; compress_model then gives the training form
     keeps_ties: ClassVar[bool] = False  # a weight shared with another layer stays shared
+    acts_after_training: ClassVar[bool] = (
+        False  # in a Trainer, `calibrate` sees the trained weights, not the first ones
+    )
 
     @property
     def wanted_samples(self) -> int:
@@ -88,6 +93,14 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
     def completes_at(self) -> float:
         """Progress of training, in [0, 1], at which the target is reached; 0 for methods that act at the start."""
         return 0.0
+
+    @property
+    def steps_between(self) -> int | None:
+        """Optimizer steps between two calls of `step`; 0 = before every batch; None = at the start of every epoch.
+
+        Whatever it says, `step` is also called when the schedule completes.
+        """
+        return 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -134,7 +147,7 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
     def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
         """Measures on `context.samples` what the applied layers need to know; may be repeated.
 
-        Called right after `apply`; in a Trainer, for a method that does not train, at the end of the fit instead.
+        Called right after `apply`; in a Trainer, for a method that `acts_after_training`, at the end of the fit.
 
         Raises:
             CalibrationError: there are no samples and it cannot do without, or they do not fit the model.
@@ -143,11 +156,22 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
     def attach(self, model: nn.Module, state: dict[str, Any]) -> None:
         """Called at every start of a fit, before the optimizers are made; must be idempotent."""
 
+    def applied_to(self, model: nn.Module, state: dict[str, Any]) -> bool:
+        """Whether this state, of an earlier fit, belongs to this model; for methods that leave no layers of theirs."""
+        return False
+
     def step(self, model: nn.Module, state: dict[str, Any], progress: float) -> None:
         """Scheduled methods act here, before a training batch; `state` is checkpointed, `progress` in [0, 1]."""
 
+    def observe(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Looks at the gradients, before each real optimizer step."""
+
     def project(self, model: nn.Module, state: dict[str, Any]) -> None:
         """Restores what an optimizer step may have broken (exact zeros); after each real step."""
+
+    def metrics(self, model: nn.Module, state: dict[str, Any]) -> dict[str, float]:
+        """What is logged at the end of each epoch, by name."""
+        return {}
 
     def candidates(self, name: str, module: nn.Module, context: CompressionContext) -> list[Candidate]:
         """The choices for one layer as the budget sees them, smallest first; empty where there is no choice."""
@@ -174,11 +198,13 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
         return copy
 
     def compress_in_place(self, model: nn.Module, samples: Samples | None = None) -> None:
-        """Plans, applies and calibrates; the model is then in training form."""
+        """Plans, applies and calibrates; a method that does not train then reaches its target at once."""
         context = CompressionContext(by=self.name, samples=samples)
         self.apply(model, self.checked_plan(model, context), context)
         self.calibrate(model, context)
-        self.attach(model, {})
+        self.attach(model, context.state)
+        if not self.trains:
+            self.step(model, context.state, 1.0)
 
     def samples_of(self, loader: Any) -> Samples | None:
         """As many samples of a loader as this method wants; None where it wants none or there is no loader."""
@@ -226,6 +252,26 @@ def _accept_mapping(cls: type[CompressionMethod]) -> None:
 
 
 _accept_mapping(CompressionMethod)
+
+
+class MethodFamily(CompressionMethod):
+    """A name of configurations that makes the method which `method` names, with the other options.
+
+    Attributes:
+        members: the methods by name; the first is the default.
+
+    Raises:
+        OptionError: no such method, or an option it does not have.
+    """
+
+    members: ClassVar[dict[str, type[CompressionMethod]]]
+
+    def __new__(cls, config: dict[str, Any] | None = None, /, **options: Any) -> Any:
+        chosen = {**(config or {}), **options}
+        method = chosen.pop("method", next(iter(cls.members)))
+        if method not in cls.members:
+            raise OptionError(f"{cls.__name__} has no method {method!r} in this release. {known(method, cls.members)}")
+        return cls.members[method](**chosen)
 
 
 class LayerMethod(CompressionMethod):
@@ -278,7 +324,7 @@ class LayerMethod(CompressionMethod):
 
     def _targets(self, model: nn.Module, skipped: list[Skip]) -> Iterator[tuple[str, nn.Module]]:
         """Ordinary layers this method may look at; the others are noted with the reason."""
-        chosen = _Selection(self, model)
+        chosen = Selection(self, model)
         closed: list[str] = []
         for name, module in model.named_modules():
             if any(name.startswith(f"{prefix}.") for prefix in closed):
@@ -304,16 +350,8 @@ class LayerMethod(CompressionMethod):
     ) -> LayerPlan | Skip:
         layer = as_torch(module)
         assert layer is not None
-        for tensor_name in ("weight", "bias"):
-            if not isinstance(getattr(layer, tensor_name, None), nn.Parameter | None):
-                return Skip(name, f"its {tensor_name} comes from a hook (prune, weight_norm): make it permanent")
-        weight = weight_of(layer)
-        if not weight.is_floating_point():
-            return Skip(name, f"its weight is of type {weight.dtype}")
-        if weight.is_meta:
-            raise ModelError(f'Layer {name!r} is on "meta" and has no values: load the weights, then compress.')
-        if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():  # the sum is cheap, but may overflow
-            raise ModelError(f"The weight of layer {name!r} holds NaN or infinite values; nothing was compressed.")
+        if (reason := check_weight(name, layer)) is not None:
+            return Skip(name, reason)
         shared = [other for p in module.parameters(recurse=False) for other in owners[id(p)] if other != name]
         if shared and not self.keeps_ties:
             return Skip(name, f"shares a parameter with {shared[0]!r}")
@@ -329,7 +367,7 @@ class LayerMethod(CompressionMethod):
         return LayerPlan(name, spec, plan.scratch)
 
 
-class _Selection:
+class Selection:
     """`include` and `exclude` of a method on one model: a layer's name to the reason why it is left out, or None.
 
     A pattern that matches a module speaks for everything inside it.
@@ -346,6 +384,25 @@ class _Selection:
         if self.include is not None and not any(matches(name, p) for p in self.include):
             return "not in include"
         return None
+
+
+def check_weight(name: str, layer: nn.Module) -> str | None:
+    """Why the weight of an ordinary layer cannot be worked on; None where it can.
+
+    Raises:
+        ModelError: it has no values, or NaN or infinite ones.
+    """
+    for tensor_name in ("weight", "bias"):
+        if not isinstance(getattr(layer, tensor_name, None), nn.Parameter | None):
+            return f"its {tensor_name} comes from a hook (prune, weight_norm): make it permanent"
+    weight = weight_of(layer)
+    if not weight.is_floating_point():
+        return f"its weight is of type {weight.dtype}"
+    if weight.is_meta:
+        raise ModelError(f'Layer {name!r} is on "meta" and has no values: load the weights, then compress.')
+    if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():  # the sum is cheap, but may overflow
+        raise ModelError(f"The weight of layer {name!r} holds NaN or infinite values; nothing was compressed.")
+    return None
 
 
 def matches(name: str, pattern: str) -> bool:

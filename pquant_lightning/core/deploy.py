@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +53,26 @@ def stored_bytes(module: nn.Module) -> int:
     state = module.state_dict(keep_vars=True)
     tensors = {id(t): t for key, t in state.items() if isinstance(t, Tensor) and not key.endswith("_extra_state")}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def sparse_count(tensor: Any) -> int | None:
+    """How many values are not zero, where storing only those and one bit per value saves a tenth or more; else None."""
+    if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.dim() < 2 or not tensor.numel():
+        return None
+    count = int(torch.count_nonzero(tensor))
+    size = count * tensor.element_size() + -(-tensor.numel() // 8)
+    return count if size <= 0.9 * tensor.numel() * tensor.element_size() else None
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A boolean tensor as uint8 `(ceil(values / 8),)`, the first value in the lowest bit."""
+    return torch.from_numpy(numpy.packbits(mask.flatten().cpu().numpy(), bitorder="little"))
+
+
+def unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `pack_bits`."""
+    values = numpy.unpackbits(bits.cpu().numpy(), count=shape.numel(), bitorder="little")
+    return torch.from_numpy(values).bool().reshape(shape)
 
 
 def count_params(module: nn.Module) -> int:

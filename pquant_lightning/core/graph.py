@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pquant_lightning.core.calibration import Samples, first_samples, run_samples
-from pquant_lightning.core.layer_adapter import NORMS
+from pquant_lightning.core.layer_adapter import NORMS, as_torch
 
 _PRODUCERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -152,3 +152,14 @@ def trace(model: nn.Module, samples: Samples) -> Graph:
         for handle in recorder.handles:
             handle.remove()
     return recorder.finish(output)
+
+
+def outer_layers(model: nn.Module, graph: Graph | None = None) -> set[str]:
+    """The first and the last layer in the order of execution where it is known, else of definition, and their ties."""
+    modules = dict(model.named_modules())
+    names = list(modules) if graph is None else graph.order
+    layers = [n for n in names if (found := as_torch(modules[n])) is not None and not isinstance(found, nn.Embedding)]
+    if len(layers) < 3:
+        return set()
+    shared = {id(p) for name in (layers[0], layers[-1]) for p in modules[name].parameters(recurse=False)}
+    return {n for n, m in modules.items() if any(id(p) in shared for p in m.parameters(recurse=False))}

@@ -75,6 +75,9 @@ def _matches(value: object, hint: Any) -> bool:
         return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
     if origin is list:
         return isinstance(value, list) and all(_matches(item, get_args(hint)[0]) for item in value)
+    if origin is tuple:  # YAML has only lists
+        items = get_args(hint)
+        return isinstance(value, list | tuple) and len(value) == len(items) and all(map(_matches, value, items))
     if origin is dict:
         key, item = get_args(hint)
         return isinstance(value, dict) and all(_matches(k, key) and _matches(v, item) for k, v in value.items())

@@ -13,7 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers, drop_user_hooks, weight_of
 from pquant_lightning.core.compression_method import relative_error
-from pquant_lightning.core.deploy import count_params, dense_form, deployed_form, share_copy, stored_bytes
+from pquant_lightning.core.deploy import (
+    count_params,
+    dense_form,
+    deployed_form,
+    iter_deployed,
+    share_copy,
+    sparse_count,
+    stored_bytes,
+)
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import Skip
 
@@ -159,6 +167,7 @@ def make_report(
     """
     before = dense_form(model) if original is None else original
     after = deployed_form(model)
+    sparse = _sparse_layers(model)
     macs_before = None if example_inputs is None else count_macs(before, example_inputs)
     macs_after = None if example_inputs is None else count_macs(after, example_inputs)
     counted = macs_before is not None and macs_after is not None
@@ -167,23 +176,48 @@ def make_report(
         return (macs_before.get(name, 0), macs_after.get(name, 0)) if counted else None  # type: ignore[union-attr]
 
     layers = []
-    for name, layer in compressed_layers(model, outermost=True).items():
+    for name in dict.fromkeys([*compressed_layers(model, outermost=True), *sparse]):
+        layer = model.get_submodule(name)
         old, new = before.get_submodule(name), after.get_submodule(name)
         error = (errors or {}).get(name)
         if original is not None:
             error = weight_error(old, layer)
-        params = (count_params(old), count_params(new))
-        layers.append(
-            LayerReport(name, _described(layer), params, (stored_bytes(old), stored_bytes(new)), macs(name), error)
-        )
-    totals = (count_params(before), count_params(after)), (stored_bytes(before), stored_bytes(after))
-    return CompressionReport(tuple(layers), tuple(skipped), *totals, macs(""))
+        saved, share = sparse.get(name, (0, 0.0))
+        params, size_bytes = (count_params(old), count_params(new)), (stored_bytes(old), stored_bytes(new) - saved)
+        words = [_described(layer)] if isinstance(layer, CompressedLayer) else []
+        words += [f"{share:.1%} zeros"] if name in sparse else []
+        layers.append(LayerReport(name, ", ".join(words), params, size_bytes, macs(name), error))
+    total = stored_bytes(before), stored_bytes(after) - sum(saved for saved, _ in sparse.values())
+    params = count_params(before), count_params(after)
+    return CompressionReport(tuple(layers), tuple(skipped), params, total, macs(""))
 
 
-def weight_error(old: nn.Module, new: CompressedLayer) -> float | None:
+def _sparse_layers(model: nn.Module) -> dict[str, tuple[int, float]]:
+    """Layers with so many zeros in their deployed form that a file leaves them out: bytes saved, and share of zeros."""
+    if not any(sparse_count(parameter) is not None for parameter in model.parameters()):
+        return {}
+    deployed = dict(iter_deployed(model))
+    inside = tuple(f"{name}." for name in deployed)
+    found = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        own = deployed[name].state_dict() if name in deployed else dict(module.named_parameters(recurse=False))
+        matrices = [t for t in own.values() if isinstance(t, Tensor) and t.dim() > 1 and id(t) not in seen]
+        seen.update(map(id, matrices))
+        pairs = [(tensor, count) for tensor in matrices if (count := sparse_count(tensor)) is not None]
+        if pairs:
+            saved = sum((t.numel() - count) * t.element_size() - -(-t.numel() // 8) for t, count in pairs)
+            zeros = sum(t.numel() - int(torch.count_nonzero(t)) for t in matrices)
+            found[name] = saved, zeros / sum(t.numel() for t in matrices)
+    return found
+
+
+def weight_error(old: nn.Module, new: nn.Module) -> float | None:
     """Relative Frobenius error of the weight that `new` stands for; None where the layers do not correspond."""
     ordinary = as_torch(old)
-    if ordinary is None:
+    if ordinary is None or not (isinstance(new, CompressedLayer) or as_torch(new) is new):
         return None
     with torch.no_grad():
         before, after = weight_of(ordinary), weight_of(new)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pickle
 from collections.abc import Iterator
@@ -16,12 +17,21 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as distributed_load
 
 from pquant_lightning.core.compressed_layer import read_specs
-from pquant_lightning.core.deploy import deployed_form, finalize_across_layers, iter_deployed, share_copy
+from pquant_lightning.core.deploy import (
+    deployed_form,
+    finalize_across_layers,
+    iter_deployed,
+    pack_bits,
+    share_copy,
+    sparse_count,
+    unpack_bits,
+)
 from pquant_lightning.core.errors import CheckpointError
 
 FORMAT_VERSION = 1
 ARTIFACT_NAME = "model.safetensors"
 _JSON = "pquant_json"
+_BITMAP, _VALUES = "#bitmap", "#values"  # endings of the two tensors that stand for one with many zeros
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -49,8 +59,9 @@ def artifact_metadata(model: nn.Module) -> dict[str, str]:
 def write_artifact(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> int:
     """Writes the deployed form of a model and returns the bytes of the file; the model is not changed.
 
-    Layers are finalized one at a time, so that the memory needed is the model plus one layer. The file appears under
-    its name when it is complete.
+    Layers are finalized one at a time, twice, so that the memory needed is the model plus one layer. A tensor with many
+    zeros is stored as one bit per value and the other values, where that takes at most nine tenths of its bytes. The
+    file appears under its name when it is complete.
 
     Args:
         model: training form or deployed form.
@@ -60,27 +71,26 @@ def write_artifact(model: nn.Module, path: Path, metadata: dict[str, str] | None
     Raises:
         CheckpointError: a module's extra state or a tensor's type cannot be stored.
     """
-    header, offsets = _layout(deployed_form(model), metadata or {})
+    header, offsets = _layout(model, metadata or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     with _atomic(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         start = file.tell()
         for name, tensor in _deployed_tensors(model):
-            if name in offsets:
-                file.seek(start + offsets[name])
-                file.write(_raw(_storable(name, tensor)))
+            for part, values in _parts(name, tensor, offsets).items():
+                file.seek(start + offsets[part])
+                file.write(_raw(values))
     return path.stat().st_size
 
 
 def artifact_bytes(model: nn.Module, metadata: dict[str, str] | None = None) -> int:
-    """Bytes of the file that `write_artifact` would write, without computing any weight."""
-    deployed = deployed_form(model)
-    header, _ = _layout(deployed, metadata or {})
-    return 8 + len(header) + sum(_size(t) for _, t in _entries(deployed)[0])
+    """Bytes of the file that `write_artifact` would write."""
+    header, _ = _layout(model, metadata or {})
+    return 8 + len(header) + max(e["data_offsets"][1] for n, e in json.loads(header).items() if n != "__metadata__")
 
 
 def _entries(deployed: nn.Module) -> tuple[list[tuple[str, Tensor]], dict[str, str]]:
-    """Stored tensors by name, aligned (wide types first), and the other names of shared ones."""
+    """Stored tensors by name, and the other names of shared ones."""
     first_names: dict[int | bytes, str] = {}
     tensors, aliases = [], {}
     state = {name: _storable(name, value) for name, value in deployed.state_dict(keep_vars=True).items()}
@@ -90,8 +100,16 @@ def _entries(deployed: nn.Module) -> tuple[list[tuple[str, Tensor]], dict[str, s
             aliases[name] = owner
         else:
             tensors.append((name, tensor))
-    tensors.sort(key=lambda item: (-item[1].element_size(), item[0]))
     return tensors, aliases
+
+
+def _filled(bitmap: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """The tensor of which a bitmap and the values that are not zero were stored."""
+    dense = torch.zeros(shape, dtype=values.dtype)
+    if bitmap.numel() != -(-dense.numel() // 8):
+        raise ValueError(f"a bitmap of {bitmap.numel()} bytes for a tensor of shape {tuple(shape)}")
+    dense[unpack_bits(bitmap, shape)] = values
+    return dense
 
 
 def _storable(name: str, value: Any) -> Tensor:
@@ -124,14 +142,24 @@ def _is_text(name: str, tensor: Tensor) -> bool:
     return name.endswith("_extra_state") and tensor.dtype == torch.uint8 and tensor.dim() == 1
 
 
-def _layout(deployed: nn.Module, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    tensors, aliases = _entries(deployed)
+def _layout(model: nn.Module, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The header of the file, and where each stored tensor begins in the data behind it."""
+    tensors, aliases = _entries(deployed_form(model))
+    counts = {name: count for name, tensor in _deployed_tensors(model) if (count := sparse_count(tensor)) is not None}
+    sparse = {name: list(tensor.shape) for name, tensor in tensors if name in counts}
     stored = {"format": "pquant_lightning", "version": str(FORMAT_VERSION), "aliases": json.dumps(aliases), **metadata}
-    header: dict[str, Any] = {"__metadata__": stored}
-    offsets, position = {}, 0
+    header: dict[str, Any] = {"__metadata__": {**stored, "sparse": json.dumps(sparse)} if sparse else stored}
+    pieces = []  # name, type, shape
     for name, tensor in tensors:
-        end = position + _size(tensor)
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        if name in sparse:
+            pieces.append((name + _VALUES, tensor.dtype, [counts[name]]))
+            pieces.append((name + _BITMAP, torch.uint8, [-(-tensor.numel() // 8)]))
+        else:
+            pieces.append((name, tensor.dtype, list(tensor.shape)))
+    offsets, position = {}, 0
+    for name, dtype, shape in sorted(pieces, key=lambda piece: (-piece[1].itemsize, piece[0])):
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [position, end]}
         offsets[name], position = position, end
     text = json.dumps(header, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8), offsets
@@ -152,8 +180,13 @@ def _deployed_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield key, tensor
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _parts(name: str, tensor: Any, offsets: dict[str, int]) -> dict[str, Tensor]:
+    """What is stored of a tensor, by name: itself, its bitmap and values, or nothing where an equal one is stored."""
+    if name + _BITMAP in offsets:
+        flat = tensor.detach().flatten()
+        kept = flat != 0
+        return {name + _VALUES: flat[kept], name + _BITMAP: pack_bits(kept)}
+    return {name: _storable(name, tensor)} if name in offsets else {}
 
 
 def _raw(tensor: Tensor) -> memoryview:
@@ -193,6 +226,8 @@ def read_artifact(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: _restored(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        for name, shape in json.loads(metadata.get("sparse", "{}")).items():
+            state[name] = _filled(state.pop(name + _BITMAP), state.pop(name + _VALUES), torch.Size(shape))
         aliases = json.loads(metadata.get("aliases", "{}"))
         state.update({name: state[owner] for name, owner in aliases.items()})
         hparams = dict(json.loads(metadata.get("hparams", "{}")))

@@ -74,10 +74,11 @@ TABLE: dict[str, MethodRows] = {
 
 
 def registered_methods() -> list[str]:
-    """Names of the package's own methods; toys that tests register and installed plug-ins are left out."""
+    """Names of the package's own methods that leave layers of their own; toys and installed plug-ins are left out."""
     registry = CompressionMethodRegistry
-    families = {"quantization"}  # names of configurations that make one of the methods
-    names = [name for name in registry.list_available() if name not in families]
+    families = {"quantization", "pruning"}  # names of configurations that make one of the methods
+    without_layers = {"unstructured_pruning"}  # tests/integration/test_pruning.py
+    names = [name for name in registry.list_available() if name not in families | without_layers]
     return [n for n in names if registry.get_class(n).__module__.startswith("pquant_lightning.")]
 
 

@@ -19,8 +19,8 @@ from pquant_lightning.core.compression_method import (
 )
 from pquant_lightning.core.deploy import deployed_bytes
 from pquant_lightning.core.errors import CalibrationError, OptionError, known
-from pquant_lightning.core.graph import Graph, trace
-from pquant_lightning.core.layer_adapter import as_torch, layer_spec
+from pquant_lightning.core.graph import outer_layers, trace
+from pquant_lightning.core.layer_adapter import layer_spec
 from pquant_lightning.core.options import check_count
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
 from pquant_lightning.methods.quantization._folding import fold_norms, relative_path
@@ -104,7 +104,7 @@ class QuantizationMethod(LayerMethod):
         check_patterns(model, "overrides", self.overrides or {})
         graph = None if context.samples is None else trace(model, context.samples)
         norms = {} if graph is None else graph.foldable_norms(model)
-        return super().plan(model, replace(context, notes={"ends": _ends(model, graph), "norms": norms}))
+        return super().plan(model, replace(context, notes={"ends": outer_layers(model, graph), "norms": norms}))
 
     def plan_layer(self, name: str, layer: nn.Module, context: CompressionContext) -> dict[str, Any] | Skip:
         kind = TRAINING_KINDS.get(type(layer))
@@ -189,17 +189,6 @@ class QuantizationMethod(LayerMethod):
     @classmethod
     def finalize(cls, model: nn.Module) -> None:
         fold_norms(model)
-
-
-def _ends(model: nn.Module, graph: Graph | None) -> set[str]:
-    """The first and the last layer in the order of execution where it is known, else of definition, and their ties."""
-    modules = dict(model.named_modules())
-    names = list(modules) if graph is None else graph.order
-    layers = [n for n in names if (found := as_torch(modules[n])) is not None and not isinstance(found, nn.Embedding)]
-    if len(layers) < 3:
-        return set()
-    shared = {id(p) for name in (layers[0], layers[-1]) for p in modules[name].parameters(recurse=False)}
-    return {n for n, m in modules.items() if any(id(p) in shared for p in m.parameters(recurse=False))}
 
 
 def _error(layer: nn.Module, spec: dict[str, Any]) -> float:

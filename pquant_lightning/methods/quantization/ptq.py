@@ -62,6 +62,8 @@ class PTQCompression(QuantizationMethod):
     fold_norms: bool = True
     correct_bias: bool = True
 
+    acts_after_training = True
+
     def validate_config(self) -> None:
         super().validate_config()
         if self.group_size is not None:

@@ -1,0 +1,78 @@
+"""Masks: one bit per weight in a checkpointed state, numbers of the weight's type while they are in use."""
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pquant_lightning.core.deploy import pack_bits, unpack_bits
+
+_NOTED = 0.1  # from this share of exact zeros on, a weight is taken to have been pruned before
+
+# by model: the packed masks these were made of, and the numbers to multiply with
+_LIVE: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Tensor]]] = WeakKeyDictionary()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of the values."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds; writing to it writes to the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All values of a tensor, on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def of_zeros(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of the weights that have been pruned before: those with a fair share of exact zeros, and not all zero."""
+    masks = {name: whole(weight) != 0 for name, weight in weights.items()}
+    return {name: mask for name, mask in masks.items() if _NOTED <= 1 - float(mask.float().mean()) < 1}
+
+
+def packed(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Boolean masks as bits, uint8 `(ceil(weights / 8),)`."""
+    return {name: pack_bits(mask) for name, mask in masks.items()}
+
+
+def unpacked(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bits as boolean masks of the shapes and on the devices of the weights."""
+    return {name: unpack_bits(bits, weights[name].shape).to(weights[name].device) for name, bits in masks.items()}
+
+
+def store(model: nn.Module, state: dict[str, Any], masks: dict[str, Tensor]) -> None:
+    """Puts new masks into the state, and into use."""
+    state["masks"] = packed(masks)
+    _LIVE[model] = (state["masks"], {name: _numbers(mask, model.get_parameter(name)) for name, mask in masks.items()})
+
+
+def live(model: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
+    """The masks in force, as numbers of the type and on the device of the local weights.
+
+    Where a state says that the weights themselves hold the zeros (`masks` is None), they are read from there.
+    """
+    if state["masks"] is None:
+        state["masks"] = packed({name: whole(model.get_parameter(name)) != 0 for name in state["targets"]})
+    held, numbers = _LIVE.get(model, (None, {}))
+    fits = all(
+        m.dtype == (w := local(model.get_parameter(n))).dtype and m.device == w.device for n, m in numbers.items()
+    )
+    if held is not state["masks"] or not fits:
+        weights = {name: model.get_parameter(name) for name in state["masks"]}
+        masks = {name: unpack_bits(bits, weights[name].shape) for name, bits in state["masks"].items()}
+        numbers = {name: _numbers(mask, weights[name]) for name, mask in masks.items()}
+        _LIVE[model] = (state["masks"], numbers)
+    return numbers
+
+
+def _numbers(mask: Tensor, weight: Tensor) -> Tensor:
+    mask = mask.to(weight.device, weight.dtype)
+    if isinstance(weight, DTensor):
+        mask = distribute_tensor(mask, weight.device_mesh, weight.placements).to_local()
+    return mask
