@@ -18,7 +18,7 @@ from pquant_lightning.core.compression_method import (
 )
 from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError, known
 from pquant_lightning.core.graph import outer_layers
-from pquant_lightning.core.layer_adapter import as_torch, why_unsupported
+from pquant_lightning.core.layer_adapter import SUPPORTED, as_torch, why_unsupported
 from pquant_lightning.core.options import check_count, one_of
 from pquant_lightning.core.plan import CompressionPlan, LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
@@ -227,7 +227,9 @@ class UnstructuredPruning(CompressionMethod):
         for weight in weights.values():
             sparsity = _target(spec, 1.0)
             saving = sparsity - 1 / (8 * weight.element_size())
-            if sparsity > 0 and self.min_saving > 0 and saving < self.min_saving:
+            if sparsity == 0:
+                return "sparsity 0 leaves it as it is"
+            if self.min_saving > 0 and saving < self.min_saving:
                 return f"a file with {sparsity:.0%} zeros would save {max(saving, 0.0):.0%}"
             rows = weight_rows(weight)
             if spec["pattern"] is not None and rows.shape[1] % _pattern(spec["pattern"])[1]:
@@ -444,9 +446,9 @@ def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
     ordinary = as_torch(module)
     if ordinary is not None:
         return {name: p for name, p in own.items() if p is ordinary.weight}
-    if isinstance(module, CompressedLayer):
-        return own
-    return {name: p for name, p in own.items() if isinstance(module, nn.MultiheadAttention | nn.RNNBase)}
+    if isinstance(module, tuple(SUPPORTED)):  # of a subclass, whose forward may differ: its weight is a weight still
+        return {name: p for name, p in own.items() if name == "weight"}
+    return own if isinstance(module, CompressedLayer | nn.MultiheadAttention | nn.RNNBase) else {}
 
 
 def weight_rows(weight: Tensor) -> Tensor:
