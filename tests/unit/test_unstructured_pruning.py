@@ -331,7 +331,7 @@ def test_a_deployed_model_runs_as_plain_torch() -> None:
         ({"start": 0.8}, "0 <= start <= end <= 1, got 0.8, 0.7"),
         ({"end": 1.5}, "got 0.0, 1.5"),
         ({"interval": 0}, "interval is a count, at least 1"),
-        ({"rewind": 0.9}, "rewind is a share of the training up to end, got 0.9"),
+        ({"rewind": 0.9}, "rewind is a share of the training up to the last masks, got 0.9"),
         ({"criterion": "wanda", "scope": "global"}, "compares weights of one layer one by one"),
         ({"criterion": "sparsegpt", "schedule": "cubic"}, "prunes once, at the start of fit"),
         ({"criterion": "sparsegpt", "start": 0.1}, "prunes once"),

@@ -61,7 +61,7 @@ class UnstructuredPruning(CompressionMethod):
         schedule: how the sparsity rises between `start` and `end`: "constant" (at once at `start`), "linear", "cubic",
             "cosine", "exponential" or "steps" (four equal jumps). Default: cubic; constant for sparsegpt.
         start: share of the training at which pruning starts.
-        end: share of the training at which `sparsity` is reached.
+        end: share of the training at which `sparsity` is reached (by "constant" it is reached at `start`).
         interval: how often masks are chosen anew: "epoch", at the start of each, or a number of optimizer steps. None =
             a hundred times between `start` and `end`.
         rewind: lottery tickets: whenever the masks change, all parameters go back to what they were at this share of
@@ -118,12 +118,14 @@ class UnstructuredPruning(CompressionMethod):
             check_count(type(self), "interval", self.interval, 1)
         if self.block_size is not None and min(self.block_size) < 1:
             raise OptionError(f"UnstructuredPruning: block_size is (outputs, inputs), got {self.block_size}.")
-        if not 0 <= self.start <= self.end <= 1:
+        if not 0 <= self.start <= self.completes_at <= 1:
             raise OptionError(
                 f"UnstructuredPruning: shares of the training, 0 <= start <= end <= 1, got {self.start}, {self.end}."
             )
-        if self.rewind is not None and not 0 <= self.rewind <= self.end:
-            raise OptionError(f"UnstructuredPruning: rewind is a share of the training up to end, got {self.rewind}.")
+        if self.rewind is not None and not 0 <= self.rewind <= self.completes_at:
+            raise OptionError(
+                f"UnstructuredPruning: rewind is a share of the training up to the last masks, got {self.rewind}."
+            )
         if self.criterion in _DATA and (self.scope == "global" or self.block_size is not None):
             raise OptionError(
                 f"UnstructuredPruning: {self.criterion} compares weights of one layer one by one; remove "
@@ -312,9 +314,11 @@ class UnstructuredPruning(CompressionMethod):
             return
         if self.rewind is not None and not state["origin"] and progress >= self.rewind:
             state["origin"] = {name: p.detach().clone() for name, p in model.named_parameters()}
-        if self.interval is None and progress < self.end:
-            progress = math.floor(progress * _UPDATES / self.end) * self.end / _UPDATES
-        level = scheduled(self.shape_of_schedule, progress, 1.0, start=self.start, end=self.end)
+        end = self.completes_at
+        if self.interval is None and self.start < progress < end:
+            part = (end - self.start) / _UPDATES
+            progress = self.start + math.floor((progress - self.start) / part) * part
+        level = scheduled(self.shape_of_schedule, progress, 1.0, start=self.start, end=end)
         if level <= state["level"] or (self.criterion in _GRADIENT and not state["scores"]):
             return
         with torch.no_grad():
@@ -380,7 +384,7 @@ class UnstructuredPruning(CompressionMethod):
             masks.update(_keep_globally({name: scores[name] for name in everywhere}, share, block, absolute))
         for name in weights.keys() - masks.keys():
             masks[name] = self._keep_in_layer(scores[name], state["targets"][name], level, absolute)
-        return masks
+        return {name: mask & old[name] if name in old else mask for name, mask in masks.items()}
 
     def _score(self, name: str, weight: Tensor, state: dict[str, Any]) -> Tensor:
         if self.criterion == "random":
