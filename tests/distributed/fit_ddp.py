@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
-from pquant_lightning import LowRankCallback, PTQCallback, QATCallback
+from pquant_lightning import LowRankCallback, PruningCallback, PTQCallback, QATCallback
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.methods.low_rank import _truncated_svd
 from pquant_lightning.methods.low_rank.svd import LowRankCompression
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--ckpt")
     parser.add_argument("--nan", action="store_true")
     parser.add_argument("--calibrate", action="store_true", help="quantize after the training instead")
+    parser.add_argument("--prune", metavar="CRITERION", help="prune instead")
     options = parser.parse_args()
     rank = int(os.environ.get("LOCAL_RANK", 0))
     counts: dict[str, int] = {}
@@ -49,12 +50,17 @@ def main() -> None:
     model = ConvNet()
     if options.nan:
         model.head.weight.data.fill_(torch.nan)
+    callbacks: list[Callback] = [LowRankCallback(energy=0.6), QATCallback(bits=8)]
+    if options.calibrate:
+        callbacks = [PTQCallback()]
+    if options.prune:
+        callbacks = [PruningCallback(sparsity=0.8, criterion=options.prune, include=["*"], min_saving=0.0)]
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
         strategy="ddp",
         max_epochs=options.epochs,
-        callbacks=[PTQCallback()] if options.calibrate else [LowRankCallback(energy=0.6), QATCallback(bits=8)],
+        callbacks=callbacks,
         default_root_dir=options.root,
         logger=False,
         enable_progress_bar=False,
@@ -63,7 +69,9 @@ def main() -> None:
     trainer.fit(model, ConvNet.loader(), ckpt_path=options.ckpt)
     trainer.save_checkpoint(options.root / "last.ckpt")
     kinds = {name: layer.kind for name, layer in compressed_layers(model).items()}
-    found = {"rank": trainer.global_rank, "digest": digest(model), "kinds": kinds, "counts": counts}
+    zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.dim() > 1)
+    share = zeros / sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    found = {"rank": trainer.global_rank, "digest": digest(model), "kinds": kinds, "counts": counts, "zeros": share}
     (options.root / f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
 
 

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from pquant_lightning import LowRankCallback, QATCallback
+from pquant_lightning import LowRankCallback, PruningCallback, QATCallback
 from pquant_lightning.core.compressed_layer import compressed_layers
 from tests.models import MLP
 
@@ -32,13 +32,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("root", type=Path)
     parser.add_argument("--distributed-checkpoint", action="store_true")
+    parser.add_argument("--prune", action="store_true", help="prune instead")
     options = parser.parse_args()
 
     def trainer(epochs: int) -> Trainer:
         strategy = ModelParallelStrategy(
             data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=options.distributed_checkpoint
         )
-        callbacks = [LowRankCallback(rank=4), QATCallback(bits=8)]
+        callbacks: list[Callback] = [LowRankCallback(rank=4), QATCallback(bits=8)]
+        if options.prune:
+            callbacks = [PruningCallback(sparsity=0.8, include=["*"], min_saving=0.0)]
         return Trainer(
             accelerator="cpu",
             devices=2,
@@ -54,7 +57,7 @@ def main() -> None:
     torch.manual_seed(0)
     first, model = trainer(1), ShardedMLP()
     first.fit(model, MLP.loader())
-    assert isinstance(model.fc1.first.weight, DTensor)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     first.save_checkpoint(options.root / "one.ckpt")
     after_one = full(model)
     kinds = {name: layer.kind for name, layer in compressed_layers(model).items()}

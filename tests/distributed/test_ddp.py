@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from pquant_lightning import load_compressed
@@ -37,6 +38,15 @@ def test_calibration_sees_the_data_of_both_ranks(tmp_path: Path) -> None:
     assert both.min() <= low + 0.05
     assert high - 0.05 <= both.max()
     assert high - low > 0.8 * (both.max() - both.min())
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "snip", "wanda", "sparsegpt"])
+def test_pruned_ranks_have_equal_masks(criterion: str, tmp_path: Path) -> None:
+    zero, one = both_ranks("fit_ddp", tmp_path, "--prune", criterion, "--epochs", "2")
+    assert one["digest"] == zero["digest"]
+    left_out = 16 * 4 * 9 if criterion == "sparsegpt" else 0  # a convolution with groups
+    total = 8 * 3 * 9 + 16 * 4 * 9 + 16 * 4
+    assert zero["zeros"] == pytest.approx(0.8 * (total - left_out) / total, abs=0.02)
 
 
 def test_an_error_on_rank_zero_ends_both(tmp_path: Path) -> None:

@@ -18,3 +18,12 @@ def test_fit_test_and_resume(tmp_path: Path, arguments: list[str]) -> None:
     assert zero["steps"] > 0
     assert one["full"] == zero["full"]
     assert (tmp_path / "compressed.safetensors").exists()
+
+
+def test_pruning_sharded_weights(tmp_path: Path) -> None:
+    zero, one = both_ranks("fit_sharded", tmp_path, "--prune")
+    assert zero["tested_equal"]
+    assert zero["moved"]
+    assert one["full"] == zero["full"]
+    weights = [value for name in ("fc1", "fc2", "head") for value in zero["full"][f"{name}.weight"]]
+    assert weights.count(0.0) == round(0.8 * len(weights))
