@@ -3,9 +3,9 @@
     python examples/benchmarks/pruning.py [--rounds 7] [--only steps update threshold]
 
 Beside Lightning's ModelPruning (global, L1) and a threshold in plain torch. Training runs in a Trainer, with default
-options but for the share of zeros, at once and in all layers; what is timed is the second epoch. CPU time on one thread,
-median over the rounds of the ratio within a round; each round takes the contenders in another order. The bar is what our
-column is to reach at most.
+options but for the share of zeros, at once and in all layers; what is timed is the second epoch. CPU time on one
+thread, median over the rounds of the ratio within a round; each round takes the contenders in another order. The bar is
+what our column is to reach at most.
 """
 
 import argparse
