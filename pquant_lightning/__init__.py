@@ -13,7 +13,7 @@ from pquant_lightning.api import (
 )
 from pquant_lightning.callbacks.base import CompressionCallback
 from pquant_lightning.callbacks.low_rank import LowRankCallback
-from pquant_lightning.callbacks.pruning import PruningCallback
+from pquant_lightning.callbacks.pruning import PruningCallback, StructuredPruningCallback
 from pquant_lightning.callbacks.quantization import PTQCallback, QATCallback
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compressed_layer import CompressedLayer
@@ -25,6 +25,7 @@ from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport
 from pquant_lightning.methods.low_rank.svd import LowRankCompression
 from pquant_lightning.methods.pruning.family import PruningCompression
+from pquant_lightning.methods.pruning.structured import StructuredPruning
 from pquant_lightning.methods.pruning.unstructured import UnstructuredPruning
 from pquant_lightning.methods.quantization.family import QuantizationCompression
 from pquant_lightning.methods.quantization.ptq import PTQCompression
@@ -53,6 +54,8 @@ __all__ = [
     "QATCallback",
     "QATCompression",
     "QuantizationCompression",
+    "StructuredPruning",
+    "StructuredPruningCallback",
     "UnstructuredPruning",
     "compress_model",
     "compression_report",

@@ -1,12 +1,16 @@
-"""Optimizers that were made before the compression (LightningCLI's `--optimizer`) get the new parameters."""
+"""Optimizers get the parameters that are in the model, whatever was there when they were made."""
 
+import gc
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
-from torch import nn
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
 
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.errors import ModelError
+from pquant_lightning.core.structure import Resized
 
 
 def repair_optimizers(trainer: Trainer, module: nn.Module, names_before: dict[int, str]) -> None:
@@ -52,3 +56,24 @@ def _replacements(module: nn.Module, old_names: list[str], held: set[int]) -> li
         if any(old.startswith(f"{name}.") for old in old_names):
             found.update({id(p): p for p in layer.parameters() if p.requires_grad and id(p) not in held})
     return list(found.values())
+
+
+def follow_resized(trainer: Trainer, resized: Sequence[Resized]) -> None:
+    """Lets a running training go on with smaller parameters.
+
+    The optimizers hold them in the same groups and places, with the same part of their state; DDP wraps the model anew.
+    """
+    changes = {id(change.old): change for change in resized}
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [changes[id(p)].new if id(p) in changes else p for p in group["params"]]
+        for old in [parameter for parameter in optimizer.state if id(parameter) in changes]:
+            change, state = changes[id(old)], optimizer.state.pop(old)
+            optimizer.state[change.new] = {
+                key: change.follow(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+                for key, value in state.items()
+            }
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.model = trainer.lightning_module
+        gc.collect()
+        trainer.strategy.configure_ddp()

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pquant_lightning.callbacks._monitors import reset_monitors, reset_would_matter
-from pquant_lightning.callbacks._optimizers import repair_optimizers
+from pquant_lightning.callbacks._optimizers import follow_resized, repair_optimizers
 from pquant_lightning.core._private import averaged_models, launches_copies, resume_path
 from pquant_lightning.core.calibration import Samples, first_samples, run_samples
 from pquant_lightning.core.compressed_layer import compressed_layers, install_hook, is_hooked, read_specs, rebuild
@@ -94,6 +94,7 @@ class _MethodCallback(Callback):
 
     def _prepare_run(self, trainer: Trainer, pl_module: LightningModule, prepared: bool) -> None:
         _check_order(trainer)
+        _check_resizing(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and launches_copies(trainer) and not prepared:
             raise ModelError(
@@ -113,7 +114,7 @@ class _MethodCallback(Callback):
                 f"{type(module).__name__} is finalized: the layers of {self.state_key} hold integers, which cannot be "
                 "trained. Fit the model in training form: load a checkpoint of the fit (.ckpt) instead of the artefact."
             )
-        if own or self.method.applied_to(module, self._state):
+        if own or self.method.applied_to(module, self._state, self.state_key):
             return
         samples = _take_samples(trainer, module, self.method)
         self._state, self._complete = {}, False
@@ -177,7 +178,9 @@ class _MethodCallback(Callback):
         completes = not self._complete and progress >= self.method.completes_at
         if not (self._is_due(trainer.global_step, batch_idx) or completes):
             return
-        self.method.step(pl_module, self._state, progress)
+        resized = self.method.step(pl_module, self._state, progress)
+        if resized:
+            follow_resized(trainer, resized)
         for average in averaged_models(trainer):
             self.method.project(average, self._state)
         if completes:
@@ -303,6 +306,23 @@ def _check_order(trainer: Trainer) -> None:
             raise CallbackOrderError(
                 f"{type(callback).__name__} copies the model and stands before {ours[-1].state_key}, which changes it. "
                 f"Give the Trainer callbacks=[{shown}]."
+            )
+
+
+def _check_resizing(trainer: Trainer) -> None:
+    """Where parameters get smaller during training, nothing else may keep something of their old shapes."""
+    for callback in (c for c in _ours(trainer) if c.method.resizes):
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [c for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
+        projecting = [c for c in _ours(trainer) if type(c.method).project is not CompressionMethod.project]
+        names = [type(c).__name__ for c in others] + [c.state_key for c in projecting if c is not callback]
+        if trainer.strategy.restore_checkpoint_after_setup:
+            names.append(f"the strategy {type(trainer.strategy).__name__}, which shards the parameters,")
+        if names:
+            raise CallbackOrderError(
+                f"{callback.state_key} makes parameters smaller during training ({callback.method.config}), and "
+                f"{names[0]} keeps copies or masks of their first shapes. Let it act at the end of the fit, or leave "
+                "the other out."
             )
 
 

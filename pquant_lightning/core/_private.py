@@ -33,6 +33,9 @@ LAYER_METHODS = ("_apply", "_load_from_state_dict", "_conv_forward", "_output_pa
 # Lightning 2.6.6, callbacks/model_checkpoint.py: the step at which nothing is saved a second time
 LAST_STEP_SAVED = "_last_global_step_saved"
 
+# torch 2.13: the base of modes that see every operation that torch executes, as FlopCounterMode's
+DispatchMode: Any = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
+
 
 def shallow_copy(module: Any) -> Any:
     """A module of the same class with attributes and hook tables of its own, and no load hook bound to the original."""

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ MOVING_AVERAGE = 0.1  # weight of the newest batch
 MAX_VALUES = 2**18  # values kept per layer, evenly spread over all it receives: 1 MiB
 
 Run = Callable[[nn.Module, Any], Any]
+Decision = TypeVar("Decision")
 
 
 @dataclass(frozen=True)
@@ -226,9 +227,21 @@ def _run(model: nn.Module, run: Run, batch: Any) -> Any:
     except Exception as error:  # whatever a user's forward may raise on a batch that it was not made for
         raise CalibrationError(
             f"{type(model).__name__} cannot be run on the calibration batches ({describe_batch(batch)}): "
-            f"{type(error).__name__}: {error}. Give a loader whose batches hold what forward takes, in its order, "
-            "optionally followed by a target; in a LightningModule, predict_step(batch, batch_idx) may say what to run."
+            f"{type(error).__name__}{_where(model, error)}: {error}. Give a loader whose batches hold what forward "
+            "takes, in its order, optionally followed by a target; in a LightningModule, predict_step(batch, "
+            "batch_idx) may say what to run."
         ) from error
+
+
+def _where(model: nn.Module, error: Exception) -> str:
+    """The innermost module of the model in which an error was raised, in words."""
+    names = {id(module): name for name, module in model.named_modules() if name}
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        name = names.get(id(trace.tb_frame.f_locals.get("self")))
+        found = f" in {name!r}" if name else found
+        trace = trace.tb_next
+    return found
 
 
 def describe_batch(batch: Any) -> str:
@@ -340,6 +353,15 @@ def reduced(total: Tensor, samples: Samples) -> Tensor:
     if _reduces(samples):
         torch.distributed.all_reduce(total)
     return total
+
+
+def from_rank_zero(decision: Decision, samples: Samples) -> Decision:
+    """What process 0 has decided, on all processes that look at samples of their own."""
+    if _reduces(samples):
+        held = [decision]
+        torch.distributed.broadcast_object_list(held, src=0)
+        (decision,) = held
+    return decision
 
 
 def _reduces(samples: Samples) -> bool:

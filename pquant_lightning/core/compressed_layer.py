@@ -13,11 +13,13 @@ from pquant_lightning.core._private import MODULE_HOOKS
 from pquant_lightning.core.errors import CheckpointError, PQuantError, known
 from pquant_lightning.core.layer_adapter import as_torch, build_layer
 from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.core.structure import absolute_path, arrange, tensor_at
 from pquant_lightning.core.surgery import materialize, replace_layer
 
 log = logging.getLogger(__name__)
 
 SPEC_VERSION = 1
+CARRIED = ("original", "group")  # what a spec knows of the model's own code, whichever layer takes its place
 _EXTRA = "_extra_state"
 
 
@@ -45,7 +47,9 @@ class CompressedLayer(nn.Module):
         stage: when it is applied; methods of the same or an earlier stage leave it alone.
 
     Attributes:
-        spec: the structure; `kind`, `by`, `layer` (the ordinary layer it stands for) and the kind's own entries.
+        spec: the structure; `kind`, `by`, `layer` (the ordinary layer it stands for), the kind's own entries, and where
+            channels have been taken out of the model: `original` (that layer as the model's own code makes it) and, in
+            one of its layers, `group` (see `core/structure.py`).
     """
 
     kinds: ClassVar[dict[str, type["CompressedLayer"]]] = {}
@@ -56,6 +60,8 @@ class CompressedLayer(nn.Module):
     float32_tensors: ClassVar[tuple[str, ...]] = ()  # own parameters and buffers that stay float32 when cast
     parameter_buffers: ClassVar[tuple[str, ...]] = ()  # former parameters that a deployed form keeps as buffers
     derived_tensors: ClassVar[tuple[str, ...]] = ()  # functions of `weight` alone: shared where the weight was
+    input_tensors: ClassVar[tuple[str, ...]] = ()  # own tensors with one entry per input channel, in dimension 0
+    output_tensors: ClassVar[tuple[str, ...]] = ()  # likewise per output channel
     spec: dict[str, Any]
 
     def __init_subclass__(cls, kind: str | None = None, stage: Stage | None = None, **kwargs: Any) -> None:
@@ -109,8 +115,8 @@ class CompressedLayer(nn.Module):
         """
         kind = find_kind(spec.get("kind"))
         ordinary = replaced if replaced is None else (as_torch(replaced) or replaced)
-        if isinstance(replaced, CompressedLayer) and "group" in replaced.spec:
-            spec = {"group": replaced.spec["group"], **spec}
+        if isinstance(replaced, CompressedLayer):
+            spec = {**{key: replaced.spec[key] for key in CARRIED if key in replaced.spec}, **spec}
         with torch.device("meta"):
             layer = kind.from_spec(spec, ordinary)
         layer.spec = json.loads(json.dumps({"version": SPEC_VERSION, **spec}))
@@ -232,6 +238,7 @@ def rebuild(
             "ckpt_path, or compress_model(model, ...) after load_state_dict."
         )
     unfolded = _unfolded(root, specs, state_dict, prefix)
+    _check_groups(root, specs, state_dict, prefix)
     layers: dict[str, CompressedLayer] = {}  # of the file, as the model will have them
     pending: dict[str, CompressedLayer] = {}  # nothing is put into the model before everything has been checked
     owners: dict[int, str] = {}
@@ -265,6 +272,25 @@ def rebuild(
         )
     for layer, own, shared in ties:
         setattr(layer, own, shared)
+    for name, spec in specs.items():
+        if "group" in spec:
+            arrange(root, name, spec["group"], "now", skip=specs)
+
+
+def _check_groups(root: nn.Module, specs: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Compares the shapes that groups give to the model's own tensors with the file's, before anything changes."""
+    for name, spec in specs.items():
+        try:
+            for path, shapes in spec.get("group", {"tensors": {}})["tensors"].items():
+                tensor = absolute_path(name, path)
+                if any(tensor.startswith(f"{other}.") for other in specs):
+                    continue
+                stored = state_dict.get(f"{prefix}{tensor}")
+                if not isinstance(stored, Tensor) or list(stored.shape) != shapes["now"]:
+                    raise ValueError(f"{tensor!r} of shape {shapes['now']} is not in the file")
+                tensor_at(root, tensor)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"The group in the spec of layer {name!r} is damaged: {error!r}.") from error
 
 
 def _existing(holder: nn.Module, own_name: str, name: str) -> nn.Module:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from abc import ABC
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,6 +21,7 @@ from pquant_lightning.core.layer_adapter import as_torch, layer_spec, why_unsupp
 from pquant_lightning.core.options import check_type
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.core.structure import Resized
 from pquant_lightning.core.surgery import get_layer, replace_layer
 
 __all__ = ["CompressionContext", "CompressionMethod", "LayerMethod", "Stage"]
@@ -156,12 +157,22 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
     def attach(self, model: nn.Module, state: dict[str, Any]) -> None:
         """Called at every start of a fit, before the optimizers are made; must be idempotent."""
 
-    def applied_to(self, model: nn.Module, state: dict[str, Any]) -> bool:
-        """Whether this state, of an earlier fit, belongs to this model; for methods that leave no layers of theirs."""
+    def applied_to(self, model: nn.Module, state: dict[str, Any], by: str) -> bool:
+        """Whether `by` has changed this model in an earlier fit, of which `state` is left, where no layer says so."""
         return False
 
-    def step(self, model: nn.Module, state: dict[str, Any], progress: float) -> None:
-        """Scheduled methods act here, before a training batch; `state` is checkpointed, `progress` in [0, 1]."""
+    @property
+    def resizes(self) -> bool:
+        """Whether `step` may put smaller parameters into the model."""
+        return False
+
+    def step(self, model: nn.Module, state: dict[str, Any], progress: float) -> Sequence[Resized] | None:
+        """Scheduled methods act here, before a training batch; `state` is checkpointed, `progress` in [0, 1].
+
+        Returns:
+            The parameters that have taken the place of larger ones, for the optimizers.
+        """
+        return None
 
     def observe(self, model: nn.Module, state: dict[str, Any]) -> None:
         """Looks at the gradients, before each real optimizer step."""

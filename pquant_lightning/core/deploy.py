@@ -12,6 +12,7 @@ from pquant_lightning.core._private import MODULE_TABLE, TENSOR_TABLES, shallow_
 from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers
 from pquant_lightning.core.layer_adapter import build_layer
 from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.core.structure import arrange
 from pquant_lightning.core.surgery import materialize, replace_layer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,9 +36,12 @@ def dense_form(model: nn.Module) -> nn.Module:
     """The uncompressed structure on "meta": every outermost compressed layer as the ordinary layer it stands for."""
     dense = share_copy(model, "meta")
     for name, layer in compressed_layers(dense, outermost=True).items():
-        ordinary = build_layer(layer.spec["layer"], device="meta")
+        ordinary = build_layer(layer.spec.get("original", layer.spec["layer"]), device="meta")
         materialize(ordinary, layer)
         replace_layer(dense, name, ordinary)
+    for name, layer in compressed_layers(model).items():
+        if "group" in layer.spec:
+            arrange(dense, name, layer.spec["group"], "before")
     return dense
 
 

@@ -4,7 +4,7 @@ The model runs as it is: no symbolic tracing, so that any Python in a `forward` 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +112,7 @@ class _Recorder(TorchFunctionMode):
         return hook
 
     def _ids(self, values: Any) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(self._number(tensor) for tensor in _tensors(values)))
+        return tuple(dict.fromkeys(self._number(tensor) for tensor in tensors_in(values)))
 
     def _number(self, tensor: Tensor) -> int:
         if id(tensor) not in self.numbers:
@@ -126,15 +126,16 @@ class _Recorder(TorchFunctionMode):
         return self.graph
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested dicts, lists and tuples."""
     if isinstance(values, Tensor):
         yield values
-    elif isinstance(values, dict):
+    elif isinstance(values, Mapping):
         for value in values.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(values, list | tuple):
         for value in values:
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 def trace(model: nn.Module, samples: Samples) -> Graph:

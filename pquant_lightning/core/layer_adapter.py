@@ -4,7 +4,7 @@ Every method works on ordinary torch layers (`SUPPORTED`). A user's own layer ty
 equivalent ordinary layer: `register_adapter(MyDense, to_linear)`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -120,6 +120,25 @@ def build_layer(spec: dict[str, Any], **overrides: Any) -> nn.Module:
     config = {**spec, **overrides}
     layer_type = _BY_NAME[config.pop("type")]
     return layer_type(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})
+
+
+def resized_spec(spec: dict[str, Any], shape: Sequence[int]) -> dict[str, Any]:
+    """The structure of a layer or norm whose weight has come to another shape by losing channels.
+
+    >>> resized_spec({"type": "Linear", "in_features": 8, "out_features": 6, "bias": True}, (3, 8))["out_features"]
+    3
+    """
+    kind = spec["type"]
+    if kind == "Linear":
+        return {**spec, "in_features": shape[1], "out_features": shape[0]}
+    if kind == "Embedding":
+        return {**spec, "num_embeddings": shape[0], "embedding_dim": shape[1]}
+    if "num_features" in spec:
+        return {**spec, "num_features": shape[0]}
+    first, second = ("in_channels", "out_channels") if "Transpose" in kind else ("out_channels", "in_channels")
+    groups = spec["groups"] * shape[0] // spec[first]  # a group goes as a whole
+    groups = groups if spec["groups"] > 1 else 1
+    return {**spec, first: shape[0], second: shape[1] * groups, "groups": groups}
 
 
 def why_unsupported(layer: nn.Module) -> str | None:

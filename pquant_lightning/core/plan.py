@@ -128,7 +128,7 @@ class CompressionPlan:
 
     def __str__(self) -> str:
         lines = [f"{self.method} plan: {len(self.layers)} layers to change, {len(self.skipped)} left alone"]
-        hidden = ("version", "by", "layer")
+        hidden = ("version", "by", "layer", "parts", "follow")
         for layer in self.layers:
             choice = ", ".join(f"{key}={value}" for key, value in layer.spec.items() if key not in hidden)
             lines.append(f"  {layer.name}: {choice}")

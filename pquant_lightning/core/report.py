@@ -17,6 +17,7 @@ from pquant_lightning.core.deploy import (
     count_params,
     dense_form,
     deployed_form,
+    finalize_across_layers,
     iter_deployed,
     share_copy,
     sparse_count,
@@ -24,6 +25,7 @@ from pquant_lightning.core.deploy import (
 )
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import Skip
+from pquant_lightning.core.structure import absolute_path
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,8 @@ def make_report(
         return (macs_before.get(name, 0), macs_after.get(name, 0)) if counted else None  # type: ignore[union-attr]
 
     layers = []
-    for name in dict.fromkeys([*compressed_layers(model, outermost=True), *sparse]):
+    resized = _resized_layers(before, after)
+    for name in dict.fromkeys([*compressed_layers(model, outermost=True), *sparse, *resized]):
         layer = model.get_submodule(name)
         old, new = before.get_submodule(name), after.get_submodule(name)
         error = (errors or {}).get(name)
@@ -185,6 +188,7 @@ def make_report(
         saved, share = sparse.get(name, (0, 0.0))
         params, size_bytes = (count_params(old), count_params(new)), (stored_bytes(old), stored_bytes(new) - saved)
         words = [_described(layer)] if isinstance(layer, CompressedLayer) else []
+        words += [resized[name]] if name in resized else []
         words += [f"{share:.1%} zeros"] if name in sparse else []
         layers.append(LayerReport(name, ", ".join(words), params, size_bytes, macs(name), error))
     total = stored_bytes(before), stored_bytes(after) - sum(saved for saved, _ in sparse.values())
@@ -192,10 +196,32 @@ def make_report(
     return CompressionReport(tuple(layers), tuple(skipped), params, total, macs(""))
 
 
+def _resized_layers(before: nn.Module, after: nn.Module) -> dict[str, str]:
+    """Modules whose own tensors have lost channels, with the widths of their weight before and after in words."""
+    names = []
+    for carrier, layer in compressed_layers(after).items():
+        paths = layer.spec.get("group", {"tensors": {}})["tensors"]
+        names += [absolute_path(carrier, path).rpartition(".")[0] for path in paths]
+    names += [name for name, layer in compressed_layers(after, outermost=True).items() if "original" in layer.spec]
+    found = {}
+    for name in dict.fromkeys(names):
+        old, new = before.get_submodule(name), after.get_submodule(name)
+        shapes = [list(t.shape[:2]) for m in (old, new) if (t := _first_tensor(m)) is not None]
+        if len(shapes) == 2 and shapes[0] != shapes[1]:
+            found[name] = " → ".join("x".join(map(str, shape)) for shape in shapes)
+    return found
+
+
+def _first_tensor(module: nn.Module) -> Tensor | None:
+    return next((p for p in module.parameters()), None)
+
+
 def _sparse_layers(model: nn.Module) -> dict[str, tuple[int, float]]:
     """Layers with so many zeros in their deployed form that a file leaves them out: bytes saved, and share of zeros."""
     if not any(sparse_count(parameter) is not None for parameter in model.parameters()):
         return {}
+    model = share_copy(model)
+    finalize_across_layers(model)
     deployed = dict(iter_deployed(model))
     inside = tuple(f"{name}." for name in deployed)
     found = {}

@@ -77,7 +77,8 @@ def registered_methods() -> list[str]:
     """Names of the package's own methods that leave layers of their own; toys and installed plug-ins are left out."""
     registry = CompressionMethodRegistry
     families = {"quantization", "pruning"}  # names of configurations that make one of the methods
-    without_layers = {"unstructured_pruning"}  # tests/integration/test_pruning.py
+    # one leaves no layers, the other changes sizes of many: tests/integration/test_pruning.py, test_structured_*.py
+    without_layers = {"unstructured_pruning", "structured_pruning"}
     names = [name for name in registry.list_available() if name not in families | without_layers]
     return [n for n in names if registry.get_class(n).__module__.startswith("pquant_lightning.")]
 

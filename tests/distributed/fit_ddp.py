@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from pquant_lightning import LowRankCallback, PruningCallback, PTQCallback, QATCallback
+from pquant_lightning import LowRankCallback, PruningCallback, PTQCallback, QATCallback, StructuredPruningCallback
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.methods.low_rank import _truncated_svd
 from pquant_lightning.methods.low_rank.svd import LowRankCompression
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--nan", action="store_true")
     parser.add_argument("--calibrate", action="store_true", help="quantize after the training instead")
     parser.add_argument("--prune", metavar="CRITERION", help="prune instead")
+    parser.add_argument("--channels", choices=["end", "during", "reconstruct"], help="remove channels instead")
     options = parser.parse_args()
     rank = int(os.environ.get("LOCAL_RANK", 0))
     counts: dict[str, int] = {}
@@ -55,6 +56,10 @@ def main() -> None:
         callbacks = [PTQCallback()]
     if options.prune:
         callbacks = [PruningCallback(sparsity=0.8, criterion=options.prune, include=["*"], min_saving=0.0)]
+    if options.channels:
+        repairs = {"reconstruct": True, "num_samples": 16} if options.channels == "reconstruct" else {}
+        remove = "during" if options.channels == "during" else "end"
+        callbacks = [StructuredPruningCallback(sparsity=0.5, round_to=1, remove=remove, **repairs)]
     trainer = Trainer(
         accelerator="cpu",
         devices=2,

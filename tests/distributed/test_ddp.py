@@ -49,6 +49,14 @@ def test_pruned_ranks_have_equal_masks(criterion: str, tmp_path: Path) -> None:
     assert zero["zeros"] == pytest.approx(0.8 * (total - left_out) / total, abs=0.02)
 
 
+@pytest.mark.parametrize("way", ["end", "during", "reconstruct"])
+def test_ranks_lose_the_same_channels(way: str, tmp_path: Path) -> None:
+    zero, one = both_ranks("fit_ddp", tmp_path, "--channels", way, "--epochs", "2")
+    assert one["digest"] == zero["digest"]
+    small = load_compressed(ConvNet, tmp_path / "compressed.safetensors")
+    assert small.conv1.out_channels + small.conv2.out_channels < 24
+
+
 def test_an_error_on_rank_zero_ends_both(tmp_path: Path) -> None:
     finished = run("fit_ddp", tmp_path, "--nan")
     assert finished.returncode != 0

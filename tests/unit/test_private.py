@@ -16,6 +16,7 @@ from pquant_lightning.core._private import (
     MODULE_HOOKS,
     MODULE_TABLE,
     TENSOR_TABLES,
+    DispatchMode,
     launches_copies,
     resume_path,
     shallow_copy,
@@ -196,3 +197,16 @@ def test_convolutions_have_a_forward_that_takes_a_weight(dim):
 
 def test_the_step_at_which_nothing_is_saved_again():
     assert getattr(ModelCheckpoint(), LAST_STEP_SAVED) == 0
+
+
+def test_a_dispatch_mode_sees_what_torch_executes():
+    seen = []
+
+    class Mode(DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Mode():
+        nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3))
+    assert "aten::mm" in seen

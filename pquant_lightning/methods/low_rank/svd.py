@@ -52,7 +52,8 @@ class _LowRankLayer(CompressedLayer, stage=Stage.FACTORIZE):
 
     def dense_weight(self) -> Tensor:
         left, right = self.factors()
-        return (left @ right).reshape(weight_of(build_layer(self.spec["layer"], device="meta")).shape)
+        rows = left.shape[0] * left.shape[1]
+        return (left @ right).reshape(rows, -1, *self.spec["layer"].get("kernel_size", ()))
 
     @property
     def weight(self) -> Tensor:

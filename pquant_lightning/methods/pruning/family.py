@@ -4,12 +4,13 @@ from typing import ClassVar
 
 from pquant_lightning.core.compression_method import CompressionMethod, MethodFamily
 from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.methods.pruning.structured import StructuredPruning
 from pquant_lightning.methods.pruning.unstructured import UnstructuredPruning
 
 
 @CompressionMethodRegistry.register("pruning")
 class PruningCompression(MethodFamily):
-    """Makes the method that `method` names, with the other options: "unstructured".
+    """Makes the method that `method` names, with the other options: "unstructured" or "structured".
 
     Raises:
         OptionError: no such method, or an option it does not have.
@@ -18,4 +19,7 @@ class PruningCompression(MethodFamily):
     'unstructured_pruning'
     """
 
-    members: ClassVar[dict[str, type[CompressionMethod]]] = {"unstructured": UnstructuredPruning}
+    members: ClassVar[dict[str, type[CompressionMethod]]] = {
+        "unstructured": UnstructuredPruning,
+        "structured": StructuredPruning,
+    }

@@ -281,7 +281,7 @@ class UnstructuredPruning(CompressionMethod):
             log.warning("Calibration never reached layer %r: it is left dense.", name)
             del state["targets"][layers[name]]
 
-    def applied_to(self, model: nn.Module, state: dict[str, Any]) -> bool:
+    def applied_to(self, model: nn.Module, state: dict[str, Any], by: str) -> bool:
         parameters = dict(model.named_parameters())
         if not state or not all(name in parameters for name in state["targets"]):
             return False

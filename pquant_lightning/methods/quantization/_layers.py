@@ -66,6 +66,8 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
 
     axis: ClassVar[int]  # the channel dimension of the weight
     float32_tensors = ("act_range", "act_mean", "active_bits", "weight_scale", "act_scale", "act_zero")
+    input_tensors = ("act_mean",)
+    output_tensors = ("weight_scale",)
     deployed_type: ClassVar[type[_integer.IntLayer]]
     weight: Tensor
     weight_scale: Tensor
@@ -312,8 +314,7 @@ def _deploy(layer: QuantLayer) -> nn.Module:
         kept.update(act_bits=FLOAT, act=None, kernel="dequantize: no input has been seen")
     dtype = str(layer.weight.dtype).removeprefix("torch.")
     extra = {"kind": layer.deployed_type.kind, "has_bias": bias is not None, "dtype": dtype}
-    carried = {"group": spec["group"]} if "group" in spec else {}
-    final: Any = CompressedLayer.build({**kept, **carried, **extra}, layer)
+    final: Any = CompressedLayer.build({**kept, **extra}, layer)
     final.set_values(codes, scale, bias, grid)
     if hasattr(layer, "weight_scale"):
         final.derived_tensors = ()  # its codes follow from the learned scale too

@@ -1,0 +1,502 @@
+"""Structured pruning: whole channels, neurons and attention heads go, and the model is smaller and faster for it."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pquant_lightning.core.calibration import Samples, first_samples, from_rank_zero
+from pquant_lightning.core.channels import Group, find_groups
+from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers
+from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, Selection, check_weight
+from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError, known
+from pquant_lightning.core.layer_adapter import as_torch, layer_spec
+from pquant_lightning.core.options import check_count, one_of
+from pquant_lightning.core.plan import CompressionPlan, LayerPlan, Skip
+from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.core.report import as_call
+from pquant_lightning.core.schedule import scheduled
+from pquant_lightning.core.structure import Resized, absolute_path, decode_indices, tensor_at
+from pquant_lightning.core.surgery import replace_layer
+from pquant_lightning.methods.pruning import _importance, _reconstruction
+from pquant_lightning.methods.pruning._cost import TARGETS
+from pquant_lightning.methods.pruning._sized import (
+    CARRIERS,
+    Removed,
+    Units,
+    as_json,
+    carrier_of,
+    groups_of,
+    remove_channels,
+    zero_units,
+)
+from pquant_lightning.methods.pruning._trial import Trial
+
+log = logging.getLogger(__name__)
+
+_DEFAULT = {"sparsity": 0.5}
+_UPDATES = 20  # times that units are chosen between start and end
+_TOLERANCE = 0.02  # of a target
+_SCORE_MOMENTUM = 0.05  # taylor scores are averages over about twenty steps
+
+
+@CompressionMethodRegistry.register("structured_pruning")
+class StructuredPruning(CompressionMethod):
+    """Removes channels, hidden neurons, attention heads (with their keys and values) and the like, for good.
+
+    What belongs together is found by running the model once on an example (`core/channels.py`), and each kind of group
+    is tried out once: the model without some of its units must compute what the model computes in which these are zero.
+    In a Trainer the chosen units are zero from then on, and go when the model is deployed; the model's inputs and
+    outputs keep their width. Groups that cannot go are left alone with the reason.
+
+    The example is the first batch of the training data; in `compress_model` without a `train_loader` the
+    `example_input_array` of a LightningModule.
+
+    Args:
+        sparsity: share of the removable units that go. Default 0.5 where no target is given.
+        target: share of the model that is kept instead, {"params": 0.5}, {"macs": 0.5}, or {"latency": 0.5} of the time
+            of a forward pass, measured here; the first two are met within 2 %.
+        criterion: what makes a unit important, relative to the mean of its group: "l2" and "l1" norms of its weights,
+            "bn_scale" |gamma| of its batch norms (l2 where there is none), "fpgm" the sum of distances to the other
+            units' weights, "taylor" (sum of g w)^2 over the last steps of the training, "activation" what it adds
+            to the outputs of the layers that read it (from data), "random".
+        round_to: widths of at least twice this many units stay multiples of it, unless a target asks for more.
+        max_sparsity: most of a group's units that can go; one always stays.
+        remove: when zero units leave the model: "end", when it is deployed, or "during" training, each time some are
+            chosen: training gets faster (single device and DDP).
+        reconstruct: the layers that read a group are fitted, by least squares on data, to what they gave before; prunes
+            once, at the start of fit.
+        recalibrate: batch norms get the statistics that the pruned model has on data; prunes once, at the start of fit.
+        num_samples: training samples for "activation", `reconstruct` and `recalibrate`.
+        schedule: how the number rises between `start` and `end`: "constant" (at once at `start`), "linear", "cubic",
+            "cosine", "exponential" or "steps". Default: cubic; constant with `reconstruct` or `recalibrate`.
+        start: share of the training at which pruning starts.
+        end: share of the training at which the target is reached.
+        seed: of the criterion "random".
+        include: glob patterns over module names; a group is pruned if one of its modules matches. None means all.
+        exclude: glob patterns over module names; a group is left alone if one of its modules matches.
+        min_saving: least share of the model's parameters that must go, else it is an error.
+
+    Raises:
+        OptionError: an option out of range, or two that contradict each other.
+
+    References:
+        Li et al., "Pruning Filters for Efficient ConvNets", 2017 (l1). Liu et al., "Network Slimming", 2017 (bn_scale).
+        He et al., "Filter Pruning via Geometric Median", 2019 (fpgm). Molchanov et al., "Importance Estimation for
+        Neural Network Pruning", 2019, equation 8 (taylor). He et al., "Channel Pruning for Accelerating Very Deep
+        Neural Networks", 2017, section 3.1 (reconstruct). Fang et al., "DepGraph", 2023 (groups; found otherwise here).
+
+    >>> from pquant_lightning import compress_model
+    >>> net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> compress_model(net, "structured_pruning", train_loader=[torch.randn(8, 4)])[0].out_features
+    16
+    """
+
+    sparsity: float | None = None
+    target: dict[str, float] | None = None
+    criterion: Literal["l2", "l1", "bn_scale", "fpgm", "taylor", "activation", "random"] = "l2"
+    round_to: int = 8
+    max_sparsity: float = 0.9
+    remove: Literal["end", "during"] = "end"
+    reconstruct: bool = False
+    recalibrate: bool = False
+    num_samples: int = 128
+    schedule: Literal["constant", "linear", "cubic", "cosine", "exponential", "steps"] | None = None
+    start: float = 0.0
+    end: float = 0.5
+    seed: int = 0
+
+    stage = Stage.MASK
+
+    # -- options -----------------------------------------------------------------------------------------------------
+
+    def validate_config(self) -> None:
+        super().validate_config()
+        name = type(self).__name__
+        one_of(type(self), _DEFAULT, sparsity=self.sparsity, target=self.target)
+        check_count(type(self), "round_to", self.round_to, 1)
+        check_count(type(self), "num_samples", self.num_samples, 1)
+        for option in ("sparsity", "max_sparsity"):
+            value = getattr(self, option)
+            if value is not None and not 0 < value < 1:
+                raise OptionError(f"{name}: {option} is a share of units that goes, in (0, 1), got {value}.")
+        if self.sparsity is not None and self.sparsity > self.max_sparsity:
+            raise OptionError(
+                f"{name}: sparsity={self.sparsity} of all units cannot go where max_sparsity={self.max_sparsity} is "
+                "the most of each group, so that no layer is emptied; raise max_sparsity or lower sparsity."
+            )
+        if self.target is not None:
+            _check_target(name, self.target)
+        if not 0 <= self.start <= self.completes_at <= 1:
+            raise OptionError(f"{name}: shares of the training, 0 <= start <= end <= 1, got {self.start}, {self.end}.")
+        if self._at_once and (self.schedule not in (None, "constant") or self.start > 0 or self.criterion == "taylor"):
+            raise OptionError(
+                f"{name}: reconstruct and recalibrate prune once, at the start of fit; remove schedule, start and "
+                "criterion='taylor'."
+            )
+
+    @property
+    def _at_once(self) -> bool:
+        return self.reconstruct or self.recalibrate
+
+    @property
+    def shape_of_schedule(self) -> str:
+        """The schedule in force."""
+        return self.schedule or ("constant" if self._at_once else "cubic")
+
+    @property
+    def completes_at(self) -> float:
+        return self.start if self.shape_of_schedule == "constant" else self.end
+
+    @property
+    def _from_data(self) -> bool:
+        return self._at_once or self.criterion == "activation"
+
+    @property
+    def wanted_samples(self) -> int:
+        return self.num_samples if self._from_data else 2
+
+    @property
+    def needs_samples(self) -> bool:
+        return True
+
+    @property
+    def resizes(self) -> bool:
+        return self.remove == "during"
+
+    # -- planning ----------------------------------------------------------------------------------------------------
+
+    def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
+        context = context or CompressionContext(by=self.name)
+        samples = _example(model, context.samples)
+        for name, layer in compressed_layers(model).items():
+            if layer.stage >= self.stage:
+                raise ModelError(
+                    f"Layer {name!r} is {layer.described()} already; channels are removed before that: prune the model "
+                    "as it was, or give the Trainer the callbacks in the order factorize, prune, quantize."
+                )
+        for name, module in model.named_modules():
+            if (ordinary := as_torch(module)) is not None:
+                check_weight(name, ordinary)
+        few = Samples((first_samples(samples.batches[0], 2),), samples.run)
+        chosen, trial = Selection(self, model), Trial(model, few)
+        groups, skipped = [], []
+        for group in context.track(find_groups(model, few), f"{self.name}: trying out"):
+            units = _units(group)
+            reason = group.fixed or _why_left(model, units, chosen)
+            follow = None if reason is not None else trial.attributes(units)
+            if follow is not None:
+                groups.append(replace(units, follow=follow))
+            else:
+                reason = reason or "the model does not run, or computes something else, without some of them"
+                shown = ", ".join(units.modules[:4])
+                shown += f" and {len(units.modules) - 4} more" if len(units.modules) > 4 else ""
+                skipped.append(Skip(units.modules[0], f"{units.count} channels over {shown}: {reason}", context.by))
+        counts = self._planned(model, groups, context, few, skipped) if groups else []
+        layers = [
+            LayerPlan(_producer(model, units), {"units": units.count, "removes": count, "over": units.modules, **own})
+            for units, count, own in zip(groups, counts, _specs(groups), strict=True)
+        ]
+        return CompressionPlan(self.name, context.by, tuple(layers), tuple(skipped))
+
+    def _planned(
+        self, model: nn.Module, groups: list[Units], context: CompressionContext, example: Samples, skipped: list[Skip]
+    ) -> list[int]:
+        """How many units each group is to lose: the least important of all, as the weights are now."""
+        if self.criterion == "activation" and context.samples is not None:
+            found = _importance.activation(model, [units.parts for units in groups], context.samples)
+        else:
+            measure = _importance.OF_WEIGHTS.get(self.criterion, _importance.l2)
+            found = [measure(model, units.parts) for units in groups]
+        scores = [_relative(score) for score in found]
+
+        def chosen(drop: int, rounded: bool = True) -> list[int]:
+            caps = [min(int(self.max_sparsity * units.count), units.count - 1) for units in groups]
+            counts = _importance.lowest(scores, drop, caps)
+            pairs = zip(groups, counts, caps, strict=True)
+            return [self._rounded(units.count, count, cap) if rounded else count for units, count, cap in pairs]
+
+        def units_of(counts: list[int]) -> Removed:
+            return [_lowest_units(score, count) for score, count in zip(scores, counts, strict=True)]
+
+        total = sum(units.count for units in groups)
+        if self.target is None:
+            counts = chosen(round((self.sparsity or _DEFAULT["sparsity"]) * total))
+        else:
+            ((name, wanted),) = self.target.items()
+            kept = TARGETS[name](model, groups, example)
+            counts = _meet(wanted, total, chosen, lambda counts: kept(units_of(counts)), name != "latency")
+            if (reached := kept(units_of(counts))) > wanted * (1 + (0.1 if name == "latency" else _TOLERANCE)):
+                left = "\n".join(f"  {skip.name}: {skip.reason}" for skip in skipped) or "  nothing"
+                raise ModelError(
+                    f"{self.name} cannot keep as little as {wanted:.1%} of the {name}: with "
+                    f"max_sparsity={self.max_sparsity}, {reached:.1%} are left. Left alone:\n{left}"
+                )
+        saved = 1 - TARGETS["params"](model, groups, example)(units_of(counts))
+        if saved < self.min_saving:
+            raise ModelError(
+                f"{self.name} would remove {saved:.1%} of the parameters, less than min_saving={self.min_saving:.0%}. "
+                "Ask for more, or lower round_to or min_saving."
+            )
+        return counts
+
+    def _rounded(self, units: int, count: int, cap: int) -> int:
+        """A number of units to remove that leaves a multiple of `round_to`, where there are enough of them."""
+        if units < 2 * self.round_to:
+            return count
+        kept = max(round((units - count) / self.round_to), 1) * self.round_to
+        while units - kept > cap:
+            kept += self.round_to
+        return max(units - kept, 0)
+
+    # -- applying ----------------------------------------------------------------------------------------------------
+
+    def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
+        context = context or CompressionContext(by=plan.by)
+        groups = [_planned_units(entry) for entry in plan.layers]
+        name = _carrier_name(model, groups)
+        group = {
+            "by": plan.by,
+            **as_json(name, groups),
+            "removed": [[] for _ in groups],
+            "counts": [entry.spec["units"] for entry in plan.layers],
+            "removes": [entry.spec["removes"] for entry in plan.layers],
+            "tensors": {},
+            "attributes": {},
+        }
+        carrier = model.get_submodule(name)
+        spec = {"kind": CARRIERS[type(carrier)].kind, "by": plan.by, "layer": layer_spec(carrier), "group": group}
+        replace_layer(model, name, CompressedLayer.build(spec, carrier))
+        self.attach(model, context.state)
+
+    def attach(self, model: nn.Module, state: dict[str, Any]) -> None:
+        found = carrier_of(model)
+        if state or found is None:
+            return
+        group = found[1].spec["group"]
+        gone = sum(group["counts"]) - sum(units.count for units in groups_of(model)) + sum(map(len, group["removed"]))
+        state.update(level=min(1.0, gone / max(1, sum(group["removes"]))), removed=group["removed"], scores=[])
+
+    def applied_to(self, model: nn.Module, state: dict[str, Any], by: str) -> bool:
+        found = carrier_of(model)
+        return found is not None and found[1].spec["group"]["by"] == by
+
+    def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
+        if not self._from_data:
+            return
+        if context.samples is None:
+            raise CalibrationError(
+                f"{self.name} with criterion='activation', reconstruct or recalibrate looks at data: give "
+                "compress_model a train_loader (a loader, a list of batches or a datamodule)."
+            )
+        state = context.state
+        if self.criterion == "activation":
+            scores = _importance.activation(model, [units.parts for units in groups_of(model)], context.samples)
+            state["scores"] = [score.cpu() for score in scores]
+        if self._at_once:
+            removed = from_rank_zero(self._choose(model, state, 1.0), context.samples)
+            if self.reconstruct:
+                _reconstruction.reconstruct(model, groups_of(model), removed, context.samples)
+            self._mark(model, state, removed, 1.0)
+            if self.recalibrate:
+                _reconstruction.recalibrate(model, context.samples)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def observe(self, model: nn.Module, state: dict[str, Any]) -> None:
+        if self.criterion != "taylor" or not state or state["level"] >= 1:
+            return
+        found = [_importance.saliency(model, units.parts).cpu() for units in groups_of(model)]
+        if state["scores"]:
+            found = [old.lerp(new, _SCORE_MOMENTUM) for old, new in zip(state["scores"], found, strict=True)]
+        state["scores"] = found
+
+    def step(self, model: nn.Module, state: dict[str, Any], progress: float) -> list[Resized]:
+        if not state:
+            return []
+        end = self.completes_at
+        if self.start < progress < end:
+            part = (end - self.start) / _UPDATES
+            progress = self.start + math.floor((progress - self.start) / part) * part
+        level = scheduled(self.shape_of_schedule, progress, 1.0, start=self.start, end=end)
+        if level <= state["level"] or (self.criterion == "taylor" and not state["scores"]):
+            return []
+        self._mark(model, state, self._choose(model, state, level), level)
+        if level == 1:
+            log.info("%s", self._summary(model, state))
+        return self._shrink(model, state) if self.resizes else []
+
+    def _mark(self, model: nn.Module, state: dict[str, Any], removed: Removed, level: float) -> None:
+        state.update(removed=removed, level=level)
+        self.project(model, state)
+
+    def _shrink(self, model: nn.Module, state: dict[str, Any]) -> list[Resized]:
+        scores = []
+        for score, gone in zip(state["scores"], state["removed"], strict=False):
+            left = torch.ones(len(score), dtype=torch.bool).index_fill(0, torch.tensor(gone, dtype=torch.long), False)
+            scores.append(score[left])
+        resized = remove_channels(model)
+        state.update(removed=[[] for _ in state["removed"]], scores=scores)
+        return resized
+
+    def project(self, model: nn.Module, state: dict[str, Any]) -> None:
+        found = carrier_of(model)
+        if not state or found is None:
+            return
+        carrier = found[1]
+        group = carrier.spec["group"]
+        if group["removed"] != state["removed"]:
+            carrier.spec = {**carrier.spec, "group": {**group, "removed": state["removed"]}}
+        zero_units(model, state["removed"])
+
+    def metrics(self, model: nn.Module, state: dict[str, Any]) -> dict[str, float]:
+        found = carrier_of(model)
+        if not state or found is None:
+            return {}
+        left = sum(units.count for units in groups_of(model)) - sum(map(len, state["removed"]))
+        return {"channel_sparsity": 1 - left / sum(found[1].spec["group"]["counts"])}
+
+    @classmethod
+    def finalize(cls, model: nn.Module) -> None:
+        remove_channels(model)
+
+    def compress_in_place(self, model: nn.Module, samples: Samples | None = None) -> None:
+        if self.criterion == "taylor":
+            raise ModelError(
+                "criterion='taylor' needs the gradients of a training: use StructuredPruningCallback in a Trainer, or "
+                "another criterion."
+            )
+        super().compress_in_place(model, samples)
+
+    def _summary(self, model: nn.Module, state: dict[str, Any]) -> str:
+        return f"{self.name}: {self.metrics(model, state)['channel_sparsity']:.1%} of the removable units are gone."
+
+    # -- choosing ----------------------------------------------------------------------------------------------------
+
+    def _choose(self, model: nn.Module, state: dict[str, Any], level: float) -> Removed:
+        """The units to be zero at a level of the schedule, in [0, 1]: those that are, and the least important ones."""
+        found = carrier_of(model)
+        assert found is not None
+        group, removed = found[1].spec["group"], []
+        for place, units in enumerate(groups_of(model)):
+            count = round(level * group["removes"][place]) - (group["counts"][place] - units.count)
+            old = torch.tensor(state["removed"][place], dtype=torch.long)
+            score = self._score(model, units, state, place).cpu().index_fill(0, old, -torch.inf)
+            removed.append(_lowest_units(score, max(count, len(old))))
+        return removed
+
+    def _score(self, model: nn.Module, units: Units, state: dict[str, Any], place: int) -> Tensor:
+        if self.criterion == "random":
+            return torch.rand(units.count, generator=torch.Generator().manual_seed(self.seed * 7919 + place))
+        if self.criterion in _importance.OF_WEIGHTS:
+            return _importance.OF_WEIGHTS[self.criterion](model, units.parts)
+        scores: list[Tensor] = state["scores"]
+        return scores[place]
+
+
+def _check_target(name: str, target: dict[str, float]) -> None:
+    for key, value in target.items():
+        if key not in TARGETS:
+            raise OptionError(f"{name} has no target {key!r}. {known(key, TARGETS)}")
+        if not 0 < value < 1:
+            raise OptionError(f"{name}: a target is a share that is kept, in (0, 1), got {value}.")
+    if len(target) != 1:
+        raise OptionError(f"{name} takes one target, got {target}.")
+
+
+def _example(model: nn.Module, samples: Samples | None) -> Samples:
+    example = getattr(model, "example_input_array", None)
+    if samples is None and example is None:
+        raise CalibrationError(
+            "structured_pruning runs the model once, to see which channels belong together: give compress_model a "
+            "train_loader (or [batch]), or the LightningModule an example_input_array."
+        )
+    return samples or Samples(((example,) if isinstance(example, Tensor) else example,), _run_example)
+
+
+def _run_example(model: nn.Module, example: Any) -> Any:
+    args, kwargs = as_call(example)
+    return model(*args, **kwargs)
+
+
+def _units(group: Group) -> Units:
+    parts = [
+        (name, dim, torch.from_numpy(indices))
+        for (name, dim), indices in zip(group.tensors, group.indices, strict=True)
+    ]
+    return Units(tuple(parts), {})
+
+
+def _why_left(model: nn.Module, units: Units, chosen: Selection) -> str | None:
+    reasons = [chosen(name) for name in units.modules]
+    if excluded := next((reason for reason in reasons if reason and "excluded" in reason), None):
+        return excluded
+    if all(reasons):
+        return reasons[0]
+    for name, layer in compressed_layers(model, outermost=True).items():
+        if all(module == name or module.startswith(f"{name}.") for module in units.modules):
+            return f"is inside {name} ({layer.described()})"
+    return "has one unit" if units.count < 2 else None
+
+
+def _specs(groups: list[Units]) -> list[dict[str, Any]]:
+    json = as_json("", groups)
+    return [{"parts": parts, "follow": own} for parts, own in zip(json["parts"], json["follow"], strict=True)]
+
+
+def _planned_units(entry: LayerPlan) -> Units:
+    parts = [
+        (absolute_path("", p["tensor"]), p["dim"], torch.tensor(decode_indices(p["indices"])))
+        for p in entry.spec["parts"]
+    ]
+    return Units(tuple(parts), {absolute_path("", path): names for path, names in entry.spec["follow"].items()})
+
+
+def _producer(model: nn.Module, units: Units) -> str:
+    """The module that makes the group's channels: the first, as defined, whose weight has them as rows."""
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    rows = [name.rpartition(".")[0] for name, dim, _ in units.parts if dim == 0 and tensor_at(model, name).dim() > 1]
+    return min(rows or units.modules, key=lambda name: order[name])
+
+
+def _carrier_name(model: nn.Module, groups: list[Units]) -> str:
+    """The layer whose spec is to hold the groups: one of their own, outside of compressed layers if there is one."""
+    inside = tuple(f"{name}." for name in compressed_layers(model))
+    own = [name for units in groups for name in units.modules]
+    names = [
+        name for name in [*own, *dict(model.named_modules())] if type(model.get_submodule(name)) in CARRIERS and name
+    ]
+    if not names:
+        raise ModelError(
+            f"{type(model).__name__} holds no Linear, Conv, ConvTranspose or Embedding layer that could say in its "
+            "checkpoints which channels are gone."
+        )
+    return next((name for name in names if not name.startswith(inside)), names[0])
+
+
+def _relative(score: Tensor) -> Tensor:
+    """Importance relative to the group's mean."""
+    mean = score.mean()
+    return score / mean if mean > 0 else score
+
+
+def _lowest_units(score: Tensor, count: int) -> list[int]:
+    chosen: list[int] = score.argsort(stable=True)[:count].sort().values.tolist()
+    return chosen
+
+
+def _meet(wanted: float, total: int, chosen: Any, kept: Callable[[list[int]], float], exact: bool) -> list[int]:
+    """The counts that keep a share as close to `wanted` as units allow: rounded ones where they are close enough."""
+    for rounded in (True, False):
+        low, high = 0, total
+        while high - low > max(1, 0 if exact else total // 64):
+            middle = (low + high) // 2
+            low, high = (middle, high) if kept(chosen(middle, rounded)) > wanted else (low, middle)
+        found = min((chosen(low, rounded), chosen(high, rounded)), key=lambda counts: abs(kept(counts) - wanted))
+        if not exact or abs(kept(found) / wanted - 1) <= _TOLERANCE:
+            break
+    return found
