@@ -27,6 +27,7 @@ from pquant_lightning import (
     LowRankCallback,
     PruningCallback,
     QATCallback,
+    StructuredPruningCallback,
     compress_model,
     load_compressed,
     save_compressed,
@@ -84,6 +85,11 @@ METHODS: dict[str, Method] = {
     "prune98short": Method("pruning, 98 % zeros, 20 epochs", lambda network: [pruning(0.98)]),
     "prune90+qat8": Method(
         "pruning, 90 % zeros + QAT, 8 bit", lambda network: [pruning(0.9), QATCallback(bits=8)], PRUNING_EPOCHS
+    ),
+    "channels50": Method("half of the channels", lambda network: [StructuredPruningCallback(sparsity=0.5)]),
+    "channels50+qat8": Method(
+        "half of the channels + QAT, 8 bit",
+        lambda network: [StructuredPruningCallback(sparsity=0.5), QATCallback(bits=8)],
     ),
 }
 

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Ids = numpy.ndarray[Any, numpy.dtype[numpy.int64]]
 
+PICKED = "is picked by its place"
 MERGED = "is merged with another dimension"
 FIXED_SIZE = "runs along with something of fixed size (an input, a constant)"
 HEAD_WIDTH = "is the width of a head"
@@ -161,15 +162,31 @@ class Labelling:
         self.ids = Identities()
         self.literals: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # numbers written in the model's code
         self._labels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._picked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._grids: list[Ids] = []
 
     def put(self, tensor: Tensor, labels: Labels) -> None:
         """A tensor has these labels from now on."""
-        self._labels[tensor] = [found for block in labels if (found := simple(block)) is not None]
+        found = [block for each in labels if (block := simple(each)) is not None]
+        for block in found:
+            if block.ids.size == 1:
+                self.ids.fix(block.ids, PICKED)
+        self._labels[tensor] = [block for block in found if block.ids.size > 1]
+
+    def pick(self, labels: Labels, dim: int, results: Iterable[Tensor]) -> None:
+        """Single indices of a dimension are taken: once they are read, all must stay, or others would be read."""
+        block = block_at(labels, dim)
+        if block is not None and len(block.dims) == 1:
+            for tensor in results:
+                self._picked[tensor] = block.ids
 
     def of(self, tensor: Any) -> Labels:
         """The labels of a tensor, as far as its indices are still told apart; none for anything else."""
-        held = self._labels.get(tensor, ()) if isinstance(tensor, Tensor) else ()
+        if not isinstance(tensor, Tensor):
+            return []
+        if (ids := self._picked.pop(tensor, None)) is not None:
+            self.ids.fix(ids, PICKED)
+        held = self._labels.get(tensor, ())
         found = (simple(Block(block.dims, self.ids.roots(block.ids))) for block in held)
         return [block for block in found if block is not None]
 

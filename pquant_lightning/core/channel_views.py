@@ -103,7 +103,9 @@ def repeat(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Labels]
 
 
 def select(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Labels]:
-    return [take(t.of(args[0]), args[1] % args[0].dim(), args[2], drop=True)]
+    labels, dim = t.of(args[0]), args[1] % args[0].dim()
+    t.pick(labels, dim, [result])
+    return [take(labels, dim, args[2], drop=True)]
 
 
 def part(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Labels]:
@@ -131,7 +133,9 @@ def split(t: Labelling, args: Any, kwargs: Any, result: Any) -> list[Labels]:
 
 def unbind(t: Labelling, args: Any, kwargs: Any, result: Any) -> list[Labels]:
     dim = argument(args, kwargs, 1, "dim", 0) % args[0].dim()
-    return [take(t.of(args[0]), dim, index, drop=True) for index in range(len(result))]
+    labels = t.of(args[0])
+    t.pick(labels, dim, result)
+    return [take(labels, dim, index, drop=True) for index in range(len(result))]
 
 
 def unfold(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Labels]:
@@ -166,6 +170,14 @@ def pixel_shuffle(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[
         labels = t.collapse(labels, dim, "is a place in a pixel")
     place = {first: first, first + 3: first + 1, first + 4: first + 2}
     return [t.merge([(moved(labels, lambda dim: place.get(dim, dim)), result.shape)], result.shape)]
+
+
+def channel_shuffle(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Labels]:
+    """`(batch, groups * channels, ...)` to `(batch, channels * groups, ...)`."""
+    (batch, channels, *rest), groups = args[0].shape, args[1]
+    wide = [batch, groups, channels // groups, *rest]
+    labels = moved(t.reshape(t.of(args[0]), result.shape, wide), lambda dim: {1: 2, 2: 1}.get(dim, dim))
+    return [t.reshape(labels, [batch, channels // groups, groups, *rest], result.shape)]
 
 
 def pixel_unshuffle(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Labels]:
@@ -236,6 +248,11 @@ def pick(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Labels]:
         if result.dim() != x.dim() or (other != dim and result.shape[other] != x.shape[other]):
             labels = t.collapse(labels, other, LOOKED_UP)
     return [labels]
+
+
+def fill_places(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Labels]:
+    """`index_fill` (x, dim, index, value)."""
+    return [t.collapse(t.of(args[0]), args[1] % max(result.dim(), 1), LOOKED_UP)]
 
 
 def put(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Labels]:

@@ -437,6 +437,19 @@ CASES = {
         {"i.bias:0 i.weight:0 n.bias:0 n.weight:0 o.weight:1": 16},
         halved={"n.num_features": 8},
     ),
+    "a channel picked by its place": Case(
+        net(
+            lambda m, x: (lambda h: m.o(h.relu()) * h[:, -1:] + h[:, 0, None])(m.i(x)), i=linear(8, 16), o=linear(16, 4)
+        ),
+        (4, 8),
+        {},
+        {"i.bias:0 i.weight:0 o.weight:1": "is picked by its place"},
+    ),
+    "a channel picked for its shape": Case(
+        net(lambda m, x: (lambda h: m.o(h) + len(h[:, 0]))(m.i(x)), i=linear(8, 16), o=linear(16, 4)),
+        (4, 8),
+        {"i.bias:0 i.weight:0 o.weight:1": 16},
+    ),
     "softmax over channels": Case(
         net(lambda m, x: m.o(m.i(x).softmax(-1)), i=linear(8, 16), o=linear(16, 4)),
         (4, 8),

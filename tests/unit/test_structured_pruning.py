@@ -250,6 +250,62 @@ def test_removal_is_exact_and_files_load_into_the_model_and_its_class(tmp_path: 
     torch.testing.assert_close(program.module()(IMAGES), small(IMAGES))
 
 
+class Recurrent(nn.Module):
+    def __init__(self, layer: type[nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.rnn, self.head = layer(8, 16, **options), nn.Linear(options.get("proj_size", 16), 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+class Cells(nn.Module):
+    def __init__(self, layer: type[nn.Module]) -> None:
+        super().__init__()
+        self.rnn, self.head = layer(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = None
+        for step in x.unbind(1):
+            state = self.rnn(step, state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+class Normed(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv1d(8, 16, 3), norm, nn.Conv1d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.conv(x.transpose(1, 2)))))
+
+
+@pytest.mark.parametrize(
+    ("model", "attribute"),
+    [
+        (lambda: Recurrent(nn.LSTM), "hidden_size"),
+        (lambda: Recurrent(nn.GRU, num_layers=1), "hidden_size"),
+        (lambda: Recurrent(nn.LSTM, proj_size=8), "proj_size"),
+        (lambda: Cells(nn.LSTMCell), "hidden_size"),
+        (lambda: Cells(nn.GRUCell), "hidden_size"),
+        (lambda: Normed(nn.InstanceNorm1d(16, affine=True)), "num_features"),
+        (lambda: Normed(nn.GroupNorm(16, 16)), "num_channels"),
+        (lambda: Normed(nn.BatchNorm1d(16)), "num_features"),
+    ],
+)
+def test_the_sizes_of_other_layers_follow(model: Any, attribute: str, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    net, x = model().eval(), torch.randn(4, 6, 8)
+    small = pruned(net, [x])
+    layer = getattr(small, "rnn", None) or small.norm
+    assert getattr(layer, attribute) < getattr(getattr(net, "rnn", None) or net.norm, attribute)
+    save_compressed(small, tmp_path / "small.safetensors")
+    loaded = load_compressed(model(), tmp_path / "small.safetensors")
+    torch.testing.assert_close(loaded(x), small(x))
+    twin = getattr(loaded, "rnn", None) or loaded.norm
+    assert getattr(twin, attribute) == getattr(layer, attribute)
+
+
 def test_a_quantized_pruned_model_loads(tmp_path: Any) -> None:
     small = compress_model(pruned(conv_net()), "ptq", train_loader=[IMAGES])
     save_compressed(small, tmp_path / "small.safetensors")

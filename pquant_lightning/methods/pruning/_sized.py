@@ -330,7 +330,13 @@ def own_sizes(layer: nn.Module) -> dict[str, tuple[int, int]]:
     elif isinstance(module, nn.GroupNorm):
         channels = module.weight.shape[0]
         sizes = {"num_channels": channels, "num_groups": channels * module.num_groups // module.num_channels}
-    elif isinstance(module, nn.RNNBase):
-        hidden, inputs = (tensor_at(layer, name).shape[1] for name in ("weight_hh_l0", "weight_ih_l0"))
-        sizes = {"hidden_size": hidden, "input_size": inputs}
+    elif isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
+        sizes = {"num_features": module.weight.shape[0]}
+    elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        ending = "_l0" if isinstance(module, nn.RNNBase) else ""
+        rows, inputs = tensor_at(layer, f"weight_ih{ending}").shape
+        gates = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
+        sizes = {"input_size": inputs, "hidden_size": rows // gates.get(type(module), 1)}
+        if getattr(module, "proj_size", 0):
+            sizes["proj_size"] = tensor_at(layer, "weight_hr_l0").shape[0]
     return {name: (getattr(module, name), value) for name, value in sizes.items() if getattr(module, name) != value}

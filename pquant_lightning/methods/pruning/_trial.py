@@ -39,15 +39,17 @@ class Trial:
 
     def attributes(self, units: Units) -> Follow | None:
         """The attributes that count the group's units; None where the model cannot do without some of them."""
-        removed = [list(range(units.count // 2))]
-        around = _common(units.modules)
+        half = units.count // 2
+        trials = [[list(range(half))], [list(range(units.count - half, units.count))]]  # code may name places by number
+        expected = [self._outputs(self._masked(places_of([units], removed))) for removed in trials]
         kinds = [type(self.model.get_submodule(name.rpartition(".")[0])) for name, _, _ in units.parts]
         key = tuple(kinds), tuple(name.rpartition(".")[2] for name, _, _ in units.parts), units.count
-        expected = self._outputs(self._masked(places_of([units], removed)))
+        around = _common(units.modules)
         choices = _choices(self.model, around, units.count)
         for choice in [self.found[key], *choices] if key in self.found else choices:
             follow = {_joined(around, path): names for path, names in choice.items()}
-            if self._agrees(replace(units, follow=follow), removed, expected):
+            tried = replace(units, follow=follow)
+            if all(self._agrees(tried, removed, outputs) for removed, outputs in zip(trials, expected, strict=True)):
                 self.found[key] = choice
                 return follow
         return None
