@@ -35,7 +35,7 @@ FLOORS = {  # first part of a module's name inside the package -> floor
     "utils": 1,
 }
 WITH_LIGHTNING = ("callbacks", "pipelines", "cli", "api")
-OPTIONAL = ("tensorflow", "jax", "onnx", "onnxruntime", "matplotlib", "sklearn", "peft")
+OPTIONAL = ("tensorflow", "jax", "onnx", "onnxruntime", "matplotlib", "sklearn", "peft", "transformers")
 LATER_METHODS = ("factorization lora tensor_train tucker cp mixed_precision structured_pruning tensor_network").split()
 
 

@@ -353,7 +353,7 @@ class LayerMethod(CompressionMethod):
         if (reason := check_weight(name, layer)) is not None:
             return Skip(name, reason)
         shared = [other for p in module.parameters(recurse=False) for other in owners[id(p)] if other != name]
-        if shared and not self.keeps_ties:
+        if shared and not (self.keeps_ties and layer is module):  # an adapter's weight may be a copy
             return Skip(name, f"shares a parameter with {shared[0]!r}")
         decision = self.plan_layer(name, layer, context)
         if isinstance(decision, Skip):
