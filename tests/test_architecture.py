@@ -159,8 +159,8 @@ def _method_names() -> list[str]:
     loaded = CompressionMethodRegistry.loaded()
     own = [cls for cls in loaded if cls.__module__.startswith(PACKAGE.name)]
     registered = [CompressionMethodRegistry.name_of(cls) for cls in own]
-    kinds = [kind for kind, cls in CompressedLayer.kinds.items() if cls.__module__.startswith(PACKAGE.name)]
-    classes = [cls.__name__ for cls in (*own, *CompressedLayer.kinds.values())]
+    kinds = {n: cls for n, cls in CompressedLayer.kinds.items() if cls.__module__.startswith(f"{PACKAGE.name}.methods")}
+    classes = [cls.__name__ for cls in (*own, *kinds.values())]
     return [*registered, *kinds, *classes, *LATER_METHODS]
 
 

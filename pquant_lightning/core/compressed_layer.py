@@ -22,8 +22,12 @@ _EXTRA = "_extra_state"
 
 
 class Stage(IntEnum):
-    """The one order in which methods act, for callbacks and pipelines."""
+    """The one order in which methods act, for callbacks and pipelines.
 
+    `UNFUSE` is that of no method: of layers that have only been taken apart, for methods to look inside.
+    """
+
+    UNFUSE = 0
     FACTORIZE = 1
     ADAPT = 2
     MASK = 3
@@ -87,6 +91,10 @@ class CompressedLayer(nn.Module):
     def count_in(self, name: str) -> int:
         """Parameters that one of the `parameter_buffers` holds; more than its numbers where it is packed."""
         return self.get_buffer(name).numel()
+
+    def left_out_bytes(self) -> int:
+        """Bytes that a file does not store because the spec says that so many values are zero."""
+        return 0
 
     def parameter_options(self) -> dict[str, dict[str, float]]:
         """Own parameters that want a group of their own in the optimizer, by name: `lr` (a factor), `weight_decay`."""
@@ -180,6 +188,15 @@ def compressed_layers(model: nn.Module, *, outermost: bool = False) -> dict[str,
             inside = any(name.startswith(f"{outer}.") or not outer for outer in found)
             if not (outermost and inside):
                 found[name] = module
+    return found
+
+
+def changed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
+    """The outermost compressed layers by name; of those that have only been taken apart, the ones inside."""
+    found: dict[str, CompressedLayer] = {}
+    for name, layer in compressed_layers(model).items():
+        if layer.stage is not Stage.UNFUSE and not any(name.startswith(f"{outer}.") or not outer for outer in found):
+            found[name] = layer
     return found
 
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from pquant_lightning.core._private import MODULE_TABLE, TENSOR_TABLES, shallow_copy
-from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers
+from pquant_lightning.core.compressed_layer import CompressedLayer, changed_layers, compressed_layers
 from pquant_lightning.core.layer_adapter import build_layer
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.surgery import materialize, replace_layer
 
 Model = TypeVar("Model", bound=nn.Module)
+
+SPARSE_FROM = 0.9  # share of a tensor's bytes up to which a file stores only the values that are not zero
 
 
 def deploy(model: nn.Module) -> None:
@@ -32,9 +34,9 @@ def finalize_across_layers(model: nn.Module) -> None:
 
 
 def dense_form(model: nn.Module) -> nn.Module:
-    """The uncompressed structure on "meta": every outermost compressed layer as the ordinary layer it stands for."""
+    """The uncompressed structure on "meta": every changed layer as the ordinary layer it stands for."""
     dense = share_copy(model, "meta")
-    for name, layer in compressed_layers(dense, outermost=True).items():
+    for name, layer in changed_layers(dense).items():
         ordinary = build_layer(layer.spec["layer"], device="meta")
         materialize(ordinary, layer)
         replace_layer(dense, name, ordinary)
@@ -60,8 +62,12 @@ def sparse_count(tensor: Any) -> int | None:
     if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.dim() < 2 or not tensor.numel():
         return None
     count = int(torch.count_nonzero(tensor))
-    size = count * tensor.element_size() + -(-tensor.numel() // 8)
-    return count if size <= 0.9 * tensor.numel() * tensor.element_size() else None
+    return count if sparse_bytes(tensor, count) <= SPARSE_FROM * tensor.numel() * tensor.element_size() else None
+
+
+def sparse_bytes(tensor: Tensor, count: int) -> int:
+    """Bytes of a tensor in a file that stores only `count` values of it, and one bit for every place."""
+    return count * tensor.element_size() + -(-tensor.numel() // 8)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -86,7 +92,8 @@ def count_params(module: nn.Module) -> int:
 
 def deployed_bytes(spec: dict[str, Any], layer: nn.Module) -> int:
     """Stored bytes that the layer would take in deployed form, were it replaced as the spec says."""
-    return stored_bytes(_finalize_nested(CompressedLayer.build(spec, share_copy(layer, "meta"))))
+    new = CompressedLayer.build(spec, share_copy(layer, "meta"))
+    return stored_bytes(_finalize_nested(new)) - new.left_out_bytes()
 
 
 def iter_deployed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -35,7 +35,10 @@ SUPPORTED: dict[type[nn.Module], tuple[str, ...]] = {
 _NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 # norms that can be folded away; described and built like layers, and not compressed by themselves
 NORMS: dict[type[nn.Module], tuple[str, ...]] = dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _NORM)
-_BY_NAME = {cls.__name__: cls for cls in (*SUPPORTED, *NORMS)}
+_ATTENTION = ("embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first")
+# layers that hold several weights in one; methods see their parts (`core/attention.py`)
+FUSED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: _ATTENTION}
+_BY_NAME = {cls.__name__: cls for cls in (*SUPPORTED, *NORMS, *FUSED)}
 _ADAPTERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
 
 
@@ -125,9 +128,13 @@ def channel_dim(layer: nn.Module) -> int:
 
 
 def layer_spec(layer: nn.Module) -> dict[str, Any]:
-    """The structure of an ordinary layer, or of a norm, as JSON-able data; `build_layer` reads it."""
+    """The structure of an ordinary layer, a norm or a fused layer, as JSON-able data; `build_layer` reads it."""
     if type(layer) in NORMS:
         return {"type": type(layer).__name__, **{name: getattr(layer, name) for name in _NORM}}
+    if isinstance(layer, nn.MultiheadAttention):
+        own = {name: getattr(layer, name) for name in _ATTENTION}
+        biases = {"bias": layer.in_proj_bias is not None, "add_bias_kv": layer.bias_k is not None}
+        return {"type": type(layer).__name__, **own, **biases}
     info = layer_info(layer)
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in info.config.items()}
     return {"type": info.type, **config}
@@ -167,11 +174,14 @@ class LayerAdapter:
         self.backend = backend
 
     def is_compressible(self, layer: nn.Module) -> bool:
-        """Whether the layer is of a supported or registered type."""
-        return type(layer) in SUPPORTED or _adapter_of(type(layer)) is not None
+        """Whether the layer is of a supported or registered type, or made of such layers."""
+        return type(layer) in SUPPORTED or type(layer) in FUSED or _adapter_of(type(layer)) is not None
 
     def get_layer_info(self, layer: nn.Module) -> dict[str, Any] | None:
-        """Type (lower case), constructor arguments and weight shape; None for other layers."""
+        """Type (lower case), constructor arguments and weight shape (of attention: of the output); None for others."""
+        if isinstance(layer, nn.MultiheadAttention) and type(layer) in FUSED:
+            spec = layer_spec(layer)
+            return {**spec, "type": spec["type"].lower(), "shape": tuple(layer.out_proj.weight.shape)}
         ordinary = as_torch(layer)
         if ordinary is None:
             return None

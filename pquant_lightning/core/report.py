@@ -11,7 +11,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers, drop_user_hooks, weight_of
+from pquant_lightning.core.compressed_layer import (
+    CompressedLayer,
+    changed_layers,
+    compressed_layers,
+    drop_user_hooks,
+    weight_of,
+)
 from pquant_lightning.core.compression_method import relative_error
 from pquant_lightning.core.deploy import (
     count_params,
@@ -24,6 +30,7 @@ from pquant_lightning.core.deploy import (
 )
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import Skip
+from pquant_lightning.core.splitting import split_like
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,7 @@ def make_report(
         errors: relative weight errors by layer name, where they are known.
         skipped: layers left alone.
     """
-    before = dense_form(model) if original is None else original
+    before = dense_form(model) if original is None else split_like(original, model)
     after = deployed_form(model)
     sparse = _sparse_layers(model)
     macs_before = None if example_inputs is None else count_macs(before, example_inputs)
@@ -176,7 +183,7 @@ def make_report(
         return (macs_before.get(name, 0), macs_after.get(name, 0)) if counted else None  # type: ignore[union-attr]
 
     layers = []
-    for name in dict.fromkeys([*compressed_layers(model, outermost=True), *sparse]):
+    for name in dict.fromkeys([*changed_layers(model), *sparse]):
         layer = model.get_submodule(name)
         old, new = before.get_submodule(name), after.get_submodule(name)
         error = (errors or {}).get(name)

@@ -24,6 +24,7 @@ from pquant_lightning import (
 )
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext
+from pquant_lightning.core.splitting import split_as_planned
 from tests.models import MODELS, Inputs, SmallModule, built
 
 Options = Mapping[str, Any]
@@ -165,6 +166,7 @@ def apply_method(method: CompressionMethod, model: nn.Module, by: str = "test") 
     method.apply(model, plan, context)
     method.calibrate(model, context)
     assert plan.layers, plan
+    split_as_planned(before, plan.splits)
     for entry in plan.layers:
         old, new = before.get_submodule(entry.name), model.get_submodule(entry.name)
         assert type(new) is not type(old) or not same_state(new, old), f"{entry.name} has not changed"
