@@ -203,14 +203,22 @@ def _sparse_layers(model: nn.Module) -> dict[str, tuple[int, float]]:
     """Layers with so many zeros in their deployed form that a file leaves them out: bytes saved, and share of zeros."""
     if not any(sparse_count(parameter) is not None for parameter in model.parameters()):
         return {}
-    deployed = dict(iter_deployed(model))
+    deployed: dict[str, nn.Module] = {}
+    changed = changed_layers(model)
+    for name, final in iter_deployed(model):
+        parts = [n for n in changed if n == name or n.startswith(f"{name}.")]
+        deployed.update({n: final if n == name else final.get_submodule(n[len(name) + 1 :]) for n in parts})
     inside = tuple(f"{name}." for name in deployed)
     found = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
-        own = deployed[name].state_dict() if name in deployed else dict(module.named_parameters(recurse=False))
+        own = (
+            deployed[name].state_dict(keep_vars=True)
+            if name in deployed
+            else dict(module.named_parameters(recurse=False))
+        )
         matrices = [t for t in own.values() if isinstance(t, Tensor) and t.dim() > 1 and id(t) not in seen]
         seen.update(map(id, matrices))
         pairs = [(tensor, count) for tensor in matrices if (count := sparse_count(tensor)) is not None]

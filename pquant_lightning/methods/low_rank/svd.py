@@ -212,7 +212,8 @@ class LowRankCompression(LayerMethod):
         rank: number of singular values kept per layer (per group of a grouped conv), a count.
         energy: share of each weight's squared Frobenius norm that is kept, in (0, 1]; gives the rank per layer.
         param_ratio: share of each layer's weights that is kept, in (0, 1]; gives the rank per layer.
-        method: how factors are found; `"svd"` is the optimal approximation in the Frobenius norm.
+        method: how factors are found; `"svd"` is the optimal approximation in the Frobenius norm, and
+            `"factorization"` makes a `FactorizationCompression` with the other options.
         include: glob patterns over module names; only matching layers are changed. None means all.
         exclude: glob patterns over module names; matching layers are left alone.
         min_saving: least share of a layer's stored bytes that must go, else the layer is left alone; 0 asks nothing.
@@ -238,8 +239,6 @@ class LowRankCompression(LayerMethod):
 
     def validate_config(self) -> None:
         super().validate_config()
-        if self.method == "factorization":
-            raise OptionError("low_rank has method='svd' in this release; 'factorization' is not part of it yet.")
         name, value = self._target()
         if name == "rank":
             check_count(type(self), name, value, low=1)
