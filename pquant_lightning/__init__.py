@@ -20,6 +20,7 @@ from pquant_lightning.core.compressed_layer import CompressedLayer
 from pquant_lightning.core.compression_method import CompressionMethod, LayerMethod
 from pquant_lightning.core.errors import PQuantError
 from pquant_lightning.core.layer_adapter import LayerAdapter, register_adapter
+from pquant_lightning.core.optimizer import add_proximal_step
 from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport
@@ -57,6 +58,7 @@ __all__ = [
     "QATCompression",
     "QuantizationCompression",
     "UnstructuredPruning",
+    "add_proximal_step",
     "compress_model",
     "compression_report",
     "finalize",

@@ -290,7 +290,7 @@ PUBLIC = (
     "compression_report prepare CompressedModule CompressionMethod LayerMethod CompressedLayer "
     "CompressionMethodRegistry LayerAdapter register_adapter ConfigManager LowRankCompression QATCompression "
     "PTQCallback PTQCompression QuantizationCompression PruningCallback UnstructuredPruning PruningCompression "
-    "FactorizationCallback FactorizationCompression"
+    "FactorizationCallback FactorizationCompression add_proximal_step"
 ).split()
 
 
@@ -315,6 +315,10 @@ def test_all_is_sorted_complete_and_shadows_nothing():
         ("save_compressed", "model, path"),
         ("load_compressed", "model_or_class, path, **init_kwargs"),
         ("prepare", "model"),
+        (
+            "add_proximal_step",
+            "optimizer, penalty='group_lasso', strength=0.001, *, params=None, dim=0, every=1",
+        ),
     ],
 )
 def test_signatures(name, signature):

@@ -13,6 +13,7 @@ from pquant_lightning.core.options import check_count, check_share, one_of
 from pquant_lightning.core.plan import Candidate, LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.methods.low_rank import _truncated_svd
+from pquant_lightning.methods.low_rank._retraction import retract_factors
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
@@ -214,6 +215,8 @@ class LowRankCompression(LayerMethod):
         param_ratio: share of each layer's weights that is kept, in (0, 1]; gives the rank per layer.
         method: how factors are found; `"svd"` is the optimal approximation in the Frobenius norm, and
             `"factorization"` makes a `FactorizationCompression` with the other options.
+        retract: keeps the factors, after each optimizer step and with the same product, "balanced" (of equal Gram
+            matrices) or "orthonormal" (the rows of the first one); None leaves them to the optimizer.
         include: glob patterns over module names; only matching layers are changed. None means all.
         exclude: glob patterns over module names; matching layers are left alone.
         min_saving: least share of a layer's stored bytes that must go, else the layer is left alone; 0 asks nothing.
@@ -234,6 +237,7 @@ class LowRankCompression(LayerMethod):
     energy: float | None = None
     param_ratio: float | None = None
     method: Literal["svd", "factorization"] = "svd"
+    retract: Literal["balanced", "orthonormal"] | None = None
 
     stage = Stage.FACTORIZE
 
@@ -263,7 +267,12 @@ class LowRankCompression(LayerMethod):
                 return Skip(name, f"even rank 1 keeps more than {value:.0%} of its weights")
         else:
             rank = value
-        return LayerPlan(name, _spec(layer, min(rank, *matrix.shape[1:])), scratch=factors)
+        kept = {} if self.retract is None else {"retract": self.retract}
+        return LayerPlan(name, {**_spec(layer, min(rank, *matrix.shape[1:])), **kept}, scratch=factors)
+
+    def project(self, model: nn.Module, state: dict[str, Any]) -> None:
+        if self.retract is not None:
+            retract_factors(model)
 
     def fill(self, new: _LowRankLayer, old: nn.Module, plan: LayerPlan, context: CompressionContext) -> None:
         kept = _fill(new, old, plan.scratch)
