@@ -60,6 +60,7 @@ class CompressedLayer(nn.Module):
     float32_tensors: ClassVar[tuple[str, ...]] = ()  # own parameters and buffers that stay float32 when cast
     parameter_buffers: ClassVar[tuple[str, ...]] = ()  # former parameters that a deployed form keeps as buffers
     derived_tensors: ClassVar[tuple[str, ...]] = ()  # functions of `weight` alone: shared where the weight was
+    tied_parameters: ClassVar[tuple[str, ...]] = ()  # of its layers, as "layer.weight": a spec may tie them to others
     spec: dict[str, Any]
 
     def __init_subclass__(cls, kind: str | None = None, stage: Stage | None = None, **kwargs: Any) -> None:
@@ -280,8 +281,8 @@ def rebuild(
         log.info(
             "%d finalized layer(s) are back in their training form, as in the file that is being loaded.", restored
         )
-    for layer, own, shared in ties:
-        setattr(layer, own, shared)
+    for holder, own, shared in ties:
+        setattr(holder, own, shared)
 
 
 def _existing(holder: nn.Module, own_name: str, name: str) -> nn.Module:
@@ -322,8 +323,9 @@ def _build_checked(
         if "device" in spec.get("layer", ()):
             raise ValueError("a layer's device is that of the model, never that of a file")
         tied = spec.get("tied_to", {})
-        if not (tied.keys() <= set(kind.derived_tensors) and all(isinstance(target, str) for target in tied.values())):
-            raise ValueError(f"tied_to names a tensor for any of {kind.derived_tensors}, got {tied}")
+        known_ties = {*kind.derived_tensors, *kind.tied_parameters}
+        if not (tied.keys() <= known_ties and all(isinstance(target, str) for target in tied.values())):
+            raise ValueError(f"tied_to names a tensor for any of {known_ties}, got {tied}")
         with torch.device("meta"):
             structure = kind.from_spec(spec, as_torch(existing) or existing)
         structure.spec = spec
@@ -371,28 +373,48 @@ def _unfolded(
     return found
 
 
-def _ties(layers: Mapping[str, CompressedLayer]) -> list[tuple[CompressedLayer, str, Tensor]]:
-    """Each buffer that a spec declares `tied_to` another layer's: its layer, its name, the tensor to take its place.
+def _ties(layers: Mapping[str, CompressedLayer]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Each tensor that a spec declares `tied_to` another layer's: its module, its name, the tensor to take its place.
 
     Raises:
-        CheckpointError: the other is no derived tensor of the same shape.
+        CheckpointError: the other is no tensor that is shared, of the same shape.
     """
     ties = []
     for name, layer in layers.items():
         for own, target in layer.spec.get("tied_to", {}).items():
-            owner_name, _, tensor_name = target.rpartition(".")
+            of_parts = own in layer.tied_parameters
+            owner_name = _owner_of_part(target, layers) if of_parts else target.rpartition(".")[0]
             owner = layers.get(owner_name)
             if owner is None:  # in a part of the saved model that is not loaded
                 continue
-            shape = getattr(layer, own).shape
-            shared = getattr(owner, tensor_name) if tensor_name in owner.derived_tensors else None
-            if shared is None or shared.shape != shape:
+            path = target[len(owner_name) + 1 :]
+            holder, attribute, mine = _tensor_at(layer, own)
+            allowed = path in (owner.tied_parameters if of_parts else owner.derived_tensors)
+            shared = _tensor_at(owner, path)[2] if allowed else None
+            if of_parts and (
+                mine is None or shared is None
+            ):  # the part is deployed, and its own spec says what is tied
+                continue
+            if shared is None or mine is None or shared.shape != mine.shape:
+                shape = None if mine is None else tuple(mine.shape)
                 raise CheckpointError(
-                    f"The spec of layer {name!r} in the checkpoint is damaged: {own!r} of shape {tuple(shape)} is tied "
-                    f"to {target!r}, which is no derived tensor of that shape."
+                    f"The spec of layer {name!r} in the checkpoint is damaged: {own!r} of shape {shape} is tied "
+                    f"to {target!r}, which is no shared tensor of that shape."
                 )
-            ties.append((layer, own, shared))
+            ties.append((holder, attribute, shared))
     return ties
+
+
+def _owner_of_part(target: str, layers: Mapping[str, CompressedLayer]) -> str:
+    return next((n for n, layer in layers.items() if target in {f"{n}.{p}" for p in layer.tied_parameters}), "")
+
+
+def _tensor_at(layer: nn.Module, path: str) -> tuple[nn.Module, str, Tensor | None]:
+    """The module that holds a tensor of a layer, its name there, and the tensor if there is one."""
+    module_name, _, attribute = path.rpartition(".")
+    holder = layer.get_submodule(module_name)
+    tensor = getattr(holder, attribute, None)
+    return holder, attribute, tensor if isinstance(tensor, Tensor) else None
 
 
 def _load_hook(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

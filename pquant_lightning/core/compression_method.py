@@ -83,6 +83,11 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
     )
 
     @property
+    def changes_shared(self) -> bool:
+        """Whether layers that share their weights with others are changed, too."""
+        return self.keeps_ties
+
+    @property
     def wanted_samples(self) -> int:
         """Samples of the user's data that `plan`, `apply` and `calibrate` use if there are any; 0 = data-free."""
         return 0
@@ -368,7 +373,7 @@ class LayerMethod(CompressionMethod):
         if (reason := check_weight(name, layer)) is not None:
             return Skip(name, reason)
         shared = [other for p in module.parameters(recurse=False) for other in owners[id(p)] if other != name]
-        if shared and not (self.keeps_ties and layer is module):  # an adapter's weight may be a copy
+        if shared and not (self.changes_shared and layer is module):  # an adapter's weight may be a copy
             return Skip(name, f"shares a parameter with {shared[0]!r}")
         decision = self.plan_layer(name, layer, context)
         if isinstance(decision, Skip):

@@ -36,9 +36,14 @@ def finalize_across_layers(model: nn.Module) -> None:
 def dense_form(model: nn.Module) -> nn.Module:
     """The uncompressed structure on "meta": every changed layer as the ordinary layer it stands for."""
     dense = share_copy(model, "meta")
-    for name, layer in changed_layers(dense).items():
-        ordinary = build_layer(layer.spec["layer"], device="meta")
+    layers = changed_layers(dense)
+    for name, layer in layers.items():
+        ordinary: Any = build_layer(layer.spec["layer"], device="meta")
         materialize(ordinary, layer)
+        for target in layer.spec.get("tied_to", {}).values():
+            owner: Any = dense.get_submodule(next((n for n in layers if target.startswith(f"{n}.")), name))
+            if owner is not layer and owner.weight.shape == ordinary.weight.shape:
+                ordinary.weight = owner.weight
         replace_layer(dense, name, ordinary)
     return dense
 
@@ -101,18 +106,20 @@ def iter_deployed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     What derives from one shared weight (`derived_tensors`) is one tensor again, and the spec says so (`tied_to`).
     """
-    layers = compressed_layers(model, outermost=True)
+    layers = compressed_layers(model)
     weights = {name: weight for name, layer in layers.items() if (weight := _own_weight(layer)) is not None}
     uses = Counter(map(id, weights.values()))
     owners: dict[int, tuple[str, CompressedLayer]] = {}
-    for name, layer in layers.items():
-        final = _finalize_nested(layer)
-        key = id(weights.get(name))
-        if uses[key] > 1 and isinstance(final, CompressedLayer):
-            owner_name, owner = owners.setdefault(key, (name, final))
-            if owner is not final:
-                _share_derived(final, owner_name, owner)
-        yield name, final
+    for outer, layer in compressed_layers(model, outermost=True).items():
+        deployed = _finalize_nested(layer)
+        for name in [n for n in weights if n == outer or n.startswith(f"{outer}.")]:
+            key = id(weights[name])
+            final = deployed.get_submodule(name[len(outer) + 1 :]) if uses[key] > 1 else None
+            if isinstance(final, CompressedLayer):
+                owner_name, owner = owners.setdefault(key, (name, final))
+                if owner is not final:
+                    _share_derived(final, owner_name, owner)
+        yield outer, deployed
 
 
 def _own_weight(layer: nn.Module) -> nn.Parameter | None:
