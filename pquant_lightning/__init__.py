@@ -12,7 +12,7 @@ from pquant_lightning.api import (
     save_compressed,
 )
 from pquant_lightning.callbacks.base import CompressionCallback
-from pquant_lightning.callbacks.low_rank import LowRankCallback
+from pquant_lightning.callbacks.low_rank import FactorizationCallback, LowRankCallback
 from pquant_lightning.callbacks.pruning import PruningCallback, StructuredPruningCallback
 from pquant_lightning.callbacks.quantization import PTQCallback, QATCallback
 from pquant_lightning.config import ConfigManager
@@ -20,9 +20,11 @@ from pquant_lightning.core.compressed_layer import CompressedLayer
 from pquant_lightning.core.compression_method import CompressionMethod, LayerMethod
 from pquant_lightning.core.errors import PQuantError
 from pquant_lightning.core.layer_adapter import LayerAdapter, register_adapter
+from pquant_lightning.core.optimizer import add_proximal_step
 from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport
+from pquant_lightning.methods.low_rank.factorization import FactorizationCompression
 from pquant_lightning.methods.low_rank.svd import LowRankCompression
 from pquant_lightning.methods.pruning.family import PruningCompression
 from pquant_lightning.methods.pruning.structured import StructuredPruning
@@ -42,6 +44,8 @@ __all__ = [
     "CompressionPlan",
     "CompressionReport",
     "ConfigManager",
+    "FactorizationCallback",
+    "FactorizationCompression",
     "LayerAdapter",
     "LayerMethod",
     "LowRankCallback",
@@ -57,6 +61,7 @@ __all__ = [
     "StructuredPruning",
     "StructuredPruningCallback",
     "UnstructuredPruning",
+    "add_proximal_step",
     "compress_model",
     "compression_report",
     "finalize",

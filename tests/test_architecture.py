@@ -35,8 +35,8 @@ FLOORS = {  # first part of a module's name inside the package -> floor
     "utils": 1,
 }
 WITH_LIGHTNING = ("callbacks", "pipelines", "cli", "api")
-OPTIONAL = ("tensorflow", "jax", "onnx", "onnxruntime", "matplotlib", "sklearn", "peft")
-LATER_METHODS = "factorization lora tensor_train tucker cp mixed_precision tensor_network".split()
+OPTIONAL = ("tensorflow", "jax", "onnx", "onnxruntime", "matplotlib", "sklearn", "peft", "transformers")
+LATER_METHODS = "lora tensor_train tucker cp mixed_precision tensor_network".split()
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def _method_names() -> list[str]:
     loaded = CompressionMethodRegistry.loaded()
     own = [cls for cls in loaded if cls.__module__.startswith(PACKAGE.name)]
     registered = [CompressionMethodRegistry.name_of(cls) for cls in own]
-    kinds = [kind for kind, cls in CompressedLayer.kinds.items() if cls.__module__.startswith(PACKAGE.name)]
-    classes = [cls.__name__ for cls in (*own, *CompressedLayer.kinds.values())]
+    kinds = {n: cls for n, cls in CompressedLayer.kinds.items() if cls.__module__.startswith(f"{PACKAGE.name}.methods")}
+    classes = [cls.__name__ for cls in (*own, *kinds.values())]
     return [*registered, *kinds, *classes, *LATER_METHODS]
 
 
@@ -290,7 +290,8 @@ PUBLIC = (
     "compression_report prepare CompressedModule CompressionMethod LayerMethod CompressedLayer "
     "CompressionMethodRegistry LayerAdapter register_adapter ConfigManager LowRankCompression QATCompression "
     "PTQCallback PTQCompression QuantizationCompression PruningCallback UnstructuredPruning PruningCompression "
-    "StructuredPruningCallback StructuredPruning"
+    "StructuredPruningCallback StructuredPruning "
+    "FactorizationCallback FactorizationCompression add_proximal_step"
 ).split()
 
 
@@ -315,6 +316,10 @@ def test_all_is_sorted_complete_and_shadows_nothing():
         ("save_compressed", "model, path"),
         ("load_compressed", "model_or_class, path, **init_kwargs"),
         ("prepare", "model"),
+        (
+            "add_proximal_step",
+            "optimizer, penalty='group_lasso', strength=0.001, *, params=None, dim=0, every=1",
+        ),
     ],
 )
 def test_signatures(name, signature):

@@ -4,7 +4,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,10 @@ class _MethodCallback(Callback):
         samples = _take_samples(trainer, module, self.method)
         self._state, self._complete = {}, False
         track = partial(_track, trainer)
-        context = CompressionContext(by=self.state_key, track=track, samples=samples, state=self._state)
+        others = [callback._state for callback in _ours(trainer) if callback is not self]
+        context = CompressionContext(
+            by=self.state_key, track=track, samples=samples, state=self._state, kept=frozenset(_keys(others))
+        )
         plan = self._shared_plan(trainer, module, context)
         self.method.apply(module, plan, context)
         if not self.method.acts_after_training:
@@ -287,6 +290,16 @@ class _Run:
 def _ours(trainer: Trainer) -> list[_MethodCallback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, _MethodCallback)]
+
+
+def _keys(state: Any) -> Iterator[str]:
+    """All keys of a callback's state at any depth, the names of parameters among them."""
+    if isinstance(state, dict):
+        yield from (key for key in state if isinstance(key, str))
+        state = list(state.values())
+    if isinstance(state, list):
+        for value in state:
+            yield from _keys(value)
 
 
 def _check_order(trainer: Trainer) -> None:

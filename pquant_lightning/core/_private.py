@@ -30,6 +30,9 @@ TENSOR_BASE = "_base"
 # torch 2.13, torch/nn/modules/module.py and conv.py: methods that our layers override or call where they stand
 LAYER_METHODS = ("_apply", "_load_from_state_dict", "_conv_forward", "_output_padding")
 
+# torch 2.13, torch/nn/modules/transformer.py: what encoder layers read of attention before they leave their fast path
+ATTENTION_ATTRIBUTES = ("batch_first", "in_proj_bias", "_qkv_same_embed_dim", "num_heads")
+
 # Lightning 2.6.6, callbacks/model_checkpoint.py: the step at which nothing is saved a second time
 LAST_STEP_SAVED = "_last_global_step_saved"
 

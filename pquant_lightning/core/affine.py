@@ -78,6 +78,8 @@ def mse_scale(values: Tensor, bits: int, candidates: int = 40) -> Tensor:
     tensor([[True]])
     """
     widest = symmetric_scale(values, bits)
+    if values.is_meta:  # a plan only counts bytes, and operations on "meta" are slow
+        return widest
     best, least = widest, torch.full_like(widest, torch.inf)
     for step in range(candidates):
         scale = widest * (1 - step / (candidates + 2))

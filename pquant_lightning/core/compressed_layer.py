@@ -24,8 +24,12 @@ _EXTRA = "_extra_state"
 
 
 class Stage(IntEnum):
-    """The one order in which methods act, for callbacks and pipelines."""
+    """The one order in which methods act, for callbacks and pipelines.
 
+    `UNFUSE` is that of no method: of layers that have only been taken apart, for methods to look inside.
+    """
+
+    UNFUSE = 0
     FACTORIZE = 1
     ADAPT = 2
     MASK = 3
@@ -62,6 +66,7 @@ class CompressedLayer(nn.Module):
     derived_tensors: ClassVar[tuple[str, ...]] = ()  # functions of `weight` alone: shared where the weight was
     input_tensors: ClassVar[tuple[str, ...]] = ()  # own tensors with one entry per input channel, in dimension 0
     output_tensors: ClassVar[tuple[str, ...]] = ()  # likewise per output channel
+    tied_parameters: ClassVar[tuple[str, ...]] = ()  # of its layers, as "layer.weight": a spec may tie them to others
     spec: dict[str, Any]
 
     def __init_subclass__(cls, kind: str | None = None, stage: Stage | None = None, **kwargs: Any) -> None:
@@ -93,6 +98,10 @@ class CompressedLayer(nn.Module):
     def count_in(self, name: str) -> int:
         """Parameters that one of the `parameter_buffers` holds; more than its numbers where it is packed."""
         return self.get_buffer(name).numel()
+
+    def left_out_bytes(self) -> int:
+        """Bytes that a file does not store because the spec says that so many values are zero."""
+        return 0
 
     def parameter_options(self) -> dict[str, dict[str, float]]:
         """Own parameters that want a group of their own in the optimizer, by name: `lr` (a factor), `weight_decay`."""
@@ -189,6 +198,15 @@ def compressed_layers(model: nn.Module, *, outermost: bool = False) -> dict[str,
     return found
 
 
+def changed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
+    """The outermost compressed layers by name; of those that have only been taken apart, the ones inside."""
+    found: dict[str, CompressedLayer] = {}
+    for name, layer in compressed_layers(model).items():
+        if layer.stage is not Stage.UNFUSE and not any(name.startswith(f"{outer}.") or not outer for outer in found):
+            found[name] = layer
+    return found
+
+
 def decode_spec(state: Any) -> dict[str, Any] | None:
     """The spec in a layer's extra state; None for anything else (a user's own extra state)."""
     if not (isinstance(state, Tensor) and state.dtype == torch.uint8 and state.dim() == 1):
@@ -238,7 +256,7 @@ def rebuild(
             "ckpt_path, or compress_model(model, ...) after load_state_dict."
         )
     unfolded = _unfolded(root, specs, state_dict, prefix)
-    _check_groups(root, specs, state_dict, prefix)
+    resized = _check_groups(root, specs, state_dict, prefix)
     layers: dict[str, CompressedLayer] = {}  # of the file, as the model will have them
     pending: dict[str, CompressedLayer] = {}  # nothing is put into the model before everything has been checked
     owners: dict[int, str] = {}
@@ -256,7 +274,7 @@ def rebuild(
             aliases.append(name)
             layers[name] = pending[owners[id(existing)]]
             continue
-        layers[name] = layer = _build_checked(name, spec, existing, specs, state_dict, prefix)
+        layers[name] = layer = _build_checked(name, spec, existing, specs, state_dict, prefix, resized)
         if outer is None:
             pending[name] = layer
         else:
@@ -270,27 +288,32 @@ def rebuild(
         log.info(
             "%d finalized layer(s) are back in their training form, as in the file that is being loaded.", restored
         )
-    for layer, own, shared in ties:
-        setattr(layer, own, shared)
+    for holder, own, shared in ties:
+        setattr(holder, own, shared)
     for name, spec in specs.items():
         if "group" in spec:
-            arrange(root, name, spec["group"], "now", skip=specs)
+            arrange(root, name, spec["group"], "now", skip=changed_layers(root))
 
 
-def _check_groups(root: nn.Module, specs: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str) -> None:
-    """Compares the shapes that groups give to the model's own tensors with the file's, before anything changes."""
+def _check_groups(
+    root: nn.Module, specs: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str
+) -> dict[str, list[int]]:
+    """The shapes that groups give to tensors by name, compared with the file's before anything changes."""
+    shapes = {}
     for name, spec in specs.items():
         try:
-            for path, shapes in spec.get("group", {"tensors": {}})["tensors"].items():
-                tensor = absolute_path(name, path)
-                if any(tensor.startswith(f"{other}.") for other in specs):
-                    continue
+            for path, both in spec.get("group", {"tensors": {}})["tensors"].items():
+                tensor, now = absolute_path(name, path), both["now"]
+                inside = any(tensor.startswith(f"{other}.") for other in specs)
                 stored = state_dict.get(f"{prefix}{tensor}")
-                if not isinstance(stored, Tensor) or list(stored.shape) != shapes["now"]:
-                    raise ValueError(f"{tensor!r} of shape {shapes['now']} is not in the file")
-                tensor_at(root, tensor)
+                if not ((inside and stored is None) or (isinstance(stored, Tensor) and list(stored.shape) == now)):
+                    raise ValueError(f"{tensor!r} of shape {now} is not in the file")
+                if not inside:
+                    tensor_at(root, tensor)
+                shapes[tensor] = now
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"The group in the spec of layer {name!r} is damaged: {error!r}.") from error
+    return shapes
 
 
 def _existing(holder: nn.Module, own_name: str, name: str) -> nn.Module:
@@ -318,6 +341,7 @@ def _build_checked(
     specs: Mapping[str, Any],
     state_dict: Mapping[str, Any],
     prefix: str,
+    resized: Mapping[str, list[int]],
 ) -> CompressedLayer:
     """Builds a layer from a file's spec, after its shapes have been compared with the tensors in the file.
 
@@ -331,8 +355,9 @@ def _build_checked(
         if "device" in spec.get("layer", ()):
             raise ValueError("a layer's device is that of the model, never that of a file")
         tied = spec.get("tied_to", {})
-        if not (tied.keys() <= set(kind.derived_tensors) and all(isinstance(target, str) for target in tied.values())):
-            raise ValueError(f"tied_to names a tensor for any of {kind.derived_tensors}, got {tied}")
+        known_ties = {*kind.derived_tensors, *kind.tied_parameters}
+        if not (tied.keys() <= known_ties and all(isinstance(target, str) for target in tied.values())):
+            raise ValueError(f"tied_to names a tensor for any of {known_ties}, got {tied}")
         with torch.device("meta"):
             structure = kind.from_spec(spec, as_torch(existing) or existing)
         structure.spec = spec
@@ -343,11 +368,12 @@ def _build_checked(
         in_inner_kind = any(f"{name}.{key}".startswith(f"{other}.") for other in specs if other != name)
         if key.endswith(_EXTRA) or in_inner_kind:
             continue
-        if not isinstance(stored, Tensor) or stored.shape != tensor.shape:
+        shape = torch.Size(resized.get(f"{name}.{key}", tensor.shape))
+        if not isinstance(stored, Tensor) or stored.shape != shape:
             found = f"shape {tuple(stored.shape)}" if isinstance(stored, Tensor) else "no tensor"
             raise CheckpointError(
                 f"The checkpoint is damaged: the spec of layer {name!r} calls for {key!r} of shape "
-                f"{tuple(tensor.shape)}, the file holds {found}."
+                f"{tuple(shape)}, the file holds {found}."
             )
     return CompressedLayer.build(spec, existing)
 
@@ -380,28 +406,48 @@ def _unfolded(
     return found
 
 
-def _ties(layers: Mapping[str, CompressedLayer]) -> list[tuple[CompressedLayer, str, Tensor]]:
-    """Each buffer that a spec declares `tied_to` another layer's: its layer, its name, the tensor to take its place.
+def _ties(layers: Mapping[str, CompressedLayer]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Each tensor that a spec declares `tied_to` another layer's: its module, its name, the tensor to take its place.
 
     Raises:
-        CheckpointError: the other is no derived tensor of the same shape.
+        CheckpointError: the other is no tensor that is shared, of the same shape.
     """
     ties = []
     for name, layer in layers.items():
         for own, target in layer.spec.get("tied_to", {}).items():
-            owner_name, _, tensor_name = target.rpartition(".")
+            of_parts = own in layer.tied_parameters
+            owner_name = _owner_of_part(target, layers) if of_parts else target.rpartition(".")[0]
             owner = layers.get(owner_name)
             if owner is None:  # in a part of the saved model that is not loaded
                 continue
-            shape = getattr(layer, own).shape
-            shared = getattr(owner, tensor_name) if tensor_name in owner.derived_tensors else None
-            if shared is None or shared.shape != shape:
+            path = target[len(owner_name) + 1 :]
+            holder, attribute, mine = _tensor_at(layer, own)
+            allowed = path in (owner.tied_parameters if of_parts else owner.derived_tensors)
+            shared = _tensor_at(owner, path)[2] if allowed else None
+            if of_parts and (
+                mine is None or shared is None
+            ):  # the part is deployed, and its own spec says what is tied
+                continue
+            if shared is None or mine is None or shared.shape != mine.shape:
+                shape = None if mine is None else tuple(mine.shape)
                 raise CheckpointError(
-                    f"The spec of layer {name!r} in the checkpoint is damaged: {own!r} of shape {tuple(shape)} is tied "
-                    f"to {target!r}, which is no derived tensor of that shape."
+                    f"The spec of layer {name!r} in the checkpoint is damaged: {own!r} of shape {shape} is tied "
+                    f"to {target!r}, which is no shared tensor of that shape."
                 )
-            ties.append((layer, own, shared))
+            ties.append((holder, attribute, shared))
     return ties
+
+
+def _owner_of_part(target: str, layers: Mapping[str, CompressedLayer]) -> str:
+    return next((n for n, layer in layers.items() if target in {f"{n}.{p}" for p in layer.tied_parameters}), "")
+
+
+def _tensor_at(layer: nn.Module, path: str) -> tuple[nn.Module, str, Tensor | None]:
+    """The module that holds a tensor of a layer, its name there, and the tensor if there is one."""
+    module_name, _, attribute = path.rpartition(".")
+    holder = layer.get_submodule(module_name)
+    tensor = getattr(holder, attribute, None)
+    return holder, attribute, tensor if isinstance(tensor, Tensor) else None
 
 
 def _load_hook(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

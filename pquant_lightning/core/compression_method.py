@@ -17,10 +17,11 @@ from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, install_hook, weight_of
 from pquant_lightning.core.deploy import count_params, deployed_bytes, stored_bytes
 from pquant_lightning.core.errors import ModelError, OptionError, known
-from pquant_lightning.core.layer_adapter import as_torch, layer_spec, why_unsupported
+from pquant_lightning.core.layer_adapter import FUSED, as_torch, layer_spec, why_unsupported
 from pquant_lightning.core.options import check_type
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.core.splitting import planned_splits, split_as_planned, split_view, why_whole
 from pquant_lightning.core.structure import Resized
 from pquant_lightning.core.surgery import get_layer, replace_layer
 
@@ -42,6 +43,7 @@ class CompressionContext:
         samples: data to calibrate on, as many as the method's `wanted_samples`; None where there are none.
         notes: what a method's own `plan` finds out about the model and its `plan_layer` uses.
         state: the method's own, the same that `step` and `project` are given; in a Trainer it is checkpointed.
+        kept: names of parameters that other methods keep track of: the layers that hold them are not taken apart.
     """
 
     by: str
@@ -50,6 +52,7 @@ class CompressionContext:
     samples: Samples | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -79,6 +82,11 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
     acts_after_training: ClassVar[bool] = (
         False  # in a Trainer, `calibrate` sees the trained weights, not the first ones
     )
+
+    @property
+    def changes_shared(self) -> bool:
+        """Whether layers that share their weights with others are changed, too."""
+        return self.keeps_ties
 
     @property
     def wanted_samples(self) -> int:
@@ -286,7 +294,11 @@ class MethodFamily(CompressionMethod):
 
 
 class LayerMethod(CompressionMethod):
-    """A method that changes one layer at a time: give `plan_layer` and `fill`."""
+    """A method that changes one layer at a time: give `plan_layer` and `fill`.
+
+    The projections of attention are layers like any other. A `plan` that looks at the model before it calls this one
+    looks at, and hands on, `split_view(model, context.kept)`.
+    """
 
     def plan_layer(self, name: str, layer: nn.Module, context: CompressionContext) -> dict[str, Any] | Skip | LayerPlan:
         """Decides one ordinary layer: the new layer's spec (or a LayerPlan with scratch), or why it is left alone."""
@@ -300,27 +312,32 @@ class LayerMethod(CompressionMethod):
 
     def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
         context = context or CompressionContext(by=self.name)
-        if as_torch(model) is not None:
+        if as_torch(model) is not None or type(model) in FUSED:
             raise ModelError(
                 f"The model is a bare {type(model).__name__}, and a layer is replaced inside a model: wrap it in "
                 "torch.nn.Sequential(layer)."
             )
         layers: list[LayerPlan] = []
         skipped: list[Skip] = []
-        owners = _weight_owners(model)
-        for name, module in context.track(list(self._targets(model, skipped)), f"{self.name}: planning"):
+        view = split_view(model, context.kept)
+        owners = _weight_owners(view)
+        targets = list(self._targets(view, skipped, context.kept))
+        for name, module in context.track(targets, f"{self.name}: planning"):
             decision = self._decide(name, module, owners, context)
             if isinstance(decision, Skip):
                 skipped.append(decision)
             else:
                 layers.append(decision)
         noted = tuple(dataclasses.replace(skip, by=context.by) for skip in skipped)
-        return CompressionPlan(self.name, context.by, tuple(layers), noted)
+        splits = planned_splits(view, layers, context.by)
+        return CompressionPlan(self.name, context.by, tuple(layers), noted, splits)
 
     def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
         context = context or CompressionContext(by=plan.by)
+        whole = split_view(model)
         for entry in plan.layers:
-            get_layer(model, entry.name)
+            get_layer(whole, entry.name)
+        split_as_planned(model, plan.splits)
         for entry in context.track(plan.layers, f"{self.name}: compressing"):
             old = get_layer(model, entry.name)
             ordinary = as_torch(old)
@@ -333,7 +350,7 @@ class LayerMethod(CompressionMethod):
                     context.errors[entry.name] = relative_error(weight_of(ordinary), weight_of(new))
             replace_layer(model, entry.name, new)
 
-    def _targets(self, model: nn.Module, skipped: list[Skip]) -> Iterator[tuple[str, nn.Module]]:
+    def _targets(self, model: nn.Module, skipped: list[Skip], kept: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
         """Ordinary layers this method may look at; the others are noted with the reason."""
         chosen = Selection(self, model)
         closed: list[str] = []
@@ -343,6 +360,9 @@ class LayerMethod(CompressionMethod):
             if isinstance(module, CompressedLayer) and module.stage >= self.stage:
                 closed.append(name)
                 skipped.append(Skip(name, f"already compressed ({module.described()})"))
+            elif type(module) in FUSED:
+                closed.append(name)
+                skipped.append(Skip(name, chosen(name) or why_whole(model, name, kept) or ""))
             elif as_torch(module) is None:
                 if is_parametrized(module):
                     closed.append(f"{name}.parametrizations" if name else "parametrizations")
@@ -364,7 +384,7 @@ class LayerMethod(CompressionMethod):
         if (reason := check_weight(name, layer)) is not None:
             return Skip(name, reason)
         shared = [other for p in module.parameters(recurse=False) for other in owners[id(p)] if other != name]
-        if shared and not self.keeps_ties:
+        if shared and not (self.changes_shared and layer is module):  # an adapter's weight may be a copy
             return Skip(name, f"shares a parameter with {shared[0]!r}")
         decision = self.plan_layer(name, layer, context)
         if isinstance(decision, Skip):

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from pquant_lightning.core._private import MODULE_TABLE, TENSOR_TABLES, shallow_copy
-from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers
+from pquant_lightning.core.compressed_layer import CompressedLayer, changed_layers, compressed_layers
 from pquant_lightning.core.layer_adapter import build_layer
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.structure import arrange
 from pquant_lightning.core.surgery import materialize, replace_layer
 
 Model = TypeVar("Model", bound=nn.Module)
+
+SPARSE_FROM = 0.9  # share of a tensor's bytes up to which a file stores only the values that are not zero
 
 
 def deploy(model: nn.Module) -> None:
@@ -33,11 +35,16 @@ def finalize_across_layers(model: nn.Module) -> None:
 
 
 def dense_form(model: nn.Module) -> nn.Module:
-    """The uncompressed structure on "meta": every outermost compressed layer as the ordinary layer it stands for."""
+    """The uncompressed structure on "meta": every changed layer as the ordinary layer it stands for."""
     dense = share_copy(model, "meta")
-    for name, layer in compressed_layers(dense, outermost=True).items():
-        ordinary = build_layer(layer.spec.get("original", layer.spec["layer"]), device="meta")
+    layers = changed_layers(dense)
+    for name, layer in layers.items():
+        ordinary: Any = build_layer(layer.spec.get("original", layer.spec["layer"]), device="meta")
         materialize(ordinary, layer)
+        for target in layer.spec.get("tied_to", {}).values():
+            owner: Any = dense.get_submodule(next((n for n in layers if target.startswith(f"{n}.")), name))
+            if owner is not layer and owner.weight.shape == ordinary.weight.shape:
+                ordinary.weight = owner.weight
         replace_layer(dense, name, ordinary)
     for name, layer in compressed_layers(model).items():
         if "group" in layer.spec:
@@ -64,8 +71,12 @@ def sparse_count(tensor: Any) -> int | None:
     if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.dim() < 2 or not tensor.numel():
         return None
     count = int(torch.count_nonzero(tensor))
-    size = count * tensor.element_size() + -(-tensor.numel() // 8)
-    return count if size <= 0.9 * tensor.numel() * tensor.element_size() else None
+    return count if sparse_bytes(tensor, count) <= SPARSE_FROM * tensor.numel() * tensor.element_size() else None
+
+
+def sparse_bytes(tensor: Tensor, count: int) -> int:
+    """Bytes of a tensor in a file that stores only `count` values of it, and one bit for every place."""
+    return count * tensor.element_size() + -(-tensor.numel() // 8)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -90,7 +101,8 @@ def count_params(module: nn.Module) -> int:
 
 def deployed_bytes(spec: dict[str, Any], layer: nn.Module) -> int:
     """Stored bytes that the layer would take in deployed form, were it replaced as the spec says."""
-    return stored_bytes(_finalize_nested(CompressedLayer.build(spec, share_copy(layer, "meta"))))
+    new = CompressedLayer.build(spec, share_copy(layer, "meta"))
+    return stored_bytes(_finalize_nested(new)) - new.left_out_bytes()
 
 
 def iter_deployed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -98,18 +110,20 @@ def iter_deployed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     What derives from one shared weight (`derived_tensors`) is one tensor again, and the spec says so (`tied_to`).
     """
-    layers = compressed_layers(model, outermost=True)
+    layers = compressed_layers(model)
     weights = {name: weight for name, layer in layers.items() if (weight := _own_weight(layer)) is not None}
     uses = Counter(map(id, weights.values()))
     owners: dict[int, tuple[str, CompressedLayer]] = {}
-    for name, layer in layers.items():
-        final = _finalize_nested(layer)
-        key = id(weights.get(name))
-        if uses[key] > 1 and isinstance(final, CompressedLayer):
-            owner_name, owner = owners.setdefault(key, (name, final))
-            if owner is not final:
-                _share_derived(final, owner_name, owner)
-        yield name, final
+    for outer, layer in compressed_layers(model, outermost=True).items():
+        deployed = _finalize_nested(layer)
+        for name in [n for n in weights if n == outer or n.startswith(f"{outer}.")]:
+            key = id(weights[name])
+            final = deployed.get_submodule(name[len(outer) + 1 :]) if uses[key] > 1 else None
+            if isinstance(final, CompressedLayer):
+                owner_name, owner = owners.setdefault(key, (name, final))
+                if owner is not final:
+                    _share_derived(final, owner_name, owner)
+        yield outer, deployed
 
 
 def _own_weight(layer: nn.Module) -> nn.Parameter | None:

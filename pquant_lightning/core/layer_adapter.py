@@ -1,7 +1,8 @@
 """Layer types: what can be compressed, how a layer's structure is described, and how users add their own types.
 
 Every method works on ordinary torch layers (`SUPPORTED`). A user's own layer type joins by one function that gives an
-equivalent ordinary layer: `register_adapter(MyDense, to_linear)`.
+equivalent ordinary layer: `register_adapter(MyDense, to_linear)`. Layers of packages that need not be installed are
+known by their full names.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,8 +35,28 @@ SUPPORTED: dict[type[nn.Module], tuple[str, ...]] = {
 _NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 # norms that can be folded away; described and built like layers, and not compressed by themselves
 NORMS: dict[type[nn.Module], tuple[str, ...]] = dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _NORM)
-_BY_NAME = {cls.__name__: cls for cls in (*SUPPORTED, *NORMS)}
+_ATTENTION = ("embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first")
+# layers that hold several weights in one; methods see their parts (`core/attention.py`)
+FUSED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: _ATTENTION}
+_BY_NAME = {cls.__name__: cls for cls in (*SUPPORTED, *NORMS, *FUSED)}
 _ADAPTERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
+
+
+def _transposed_linear(layer: Any) -> nn.Linear:
+    """transformers' `Conv1D`, `x @ weight + bias` with a weight (in, out), as a Linear; the bias is shared."""
+    inputs, outputs = layer.weight.shape
+    linear = nn.Linear(inputs, outputs, device="meta")
+    linear.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=layer.weight.requires_grad)
+    linear.bias = layer.bias
+    return linear
+
+
+# full name of a layer type of another package -> its adapter: nothing is imported for them
+_FOREIGN: dict[str, Callable[[Any], nn.Module]] = {"transformers.pytorch_utils.Conv1D": _transposed_linear}
+
+
+def _adapter_of(layer_type: type[nn.Module]) -> Callable[[Any], nn.Module] | None:
+    return _ADAPTERS.get(layer_type) or _FOREIGN.get(f"{layer_type.__module__}.{layer_type.__qualname__}")
 
 
 def register_adapter(layer_type: type[nn.Module], to_torch: Callable[[Any], nn.Module] | None = None) -> Any:
@@ -76,7 +97,7 @@ def as_torch(layer: nn.Module) -> nn.Module | None:
     """The layer itself if it is an ordinary one, its adapter's equivalent, or None for an unknown type."""
     if type(layer) in SUPPORTED:
         return layer
-    adapter = _ADAPTERS.get(type(layer))
+    adapter = _adapter_of(type(layer))
     if adapter is None:
         return None
     equivalent = adapter(layer)
@@ -107,9 +128,13 @@ def channel_dim(layer: nn.Module) -> int:
 
 
 def layer_spec(layer: nn.Module) -> dict[str, Any]:
-    """The structure of an ordinary layer, or of a norm, as JSON-able data; `build_layer` reads it."""
+    """The structure of an ordinary layer, a norm or a fused layer, as JSON-able data; `build_layer` reads it."""
     if type(layer) in NORMS:
         return {"type": type(layer).__name__, **{name: getattr(layer, name) for name in _NORM}}
+    if isinstance(layer, nn.MultiheadAttention):
+        own = {name: getattr(layer, name) for name in _ATTENTION}
+        biases = {"bias": layer.in_proj_bias is not None, "add_bias_kv": layer.bias_k is not None}
+        return {"type": type(layer).__name__, **own, **biases}
     info = layer_info(layer)
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in info.config.items()}
     return {"type": info.type, **config}
@@ -168,11 +193,14 @@ class LayerAdapter:
         self.backend = backend
 
     def is_compressible(self, layer: nn.Module) -> bool:
-        """Whether the layer is of a supported or registered type."""
-        return type(layer) in SUPPORTED or type(layer) in _ADAPTERS
+        """Whether the layer is of a supported or registered type, or made of such layers."""
+        return type(layer) in SUPPORTED or type(layer) in FUSED or _adapter_of(type(layer)) is not None
 
     def get_layer_info(self, layer: nn.Module) -> dict[str, Any] | None:
-        """Type (lower case), constructor arguments and weight shape; None for other layers."""
+        """Type (lower case), constructor arguments and weight shape (of attention: of the output); None for others."""
+        if isinstance(layer, nn.MultiheadAttention) and type(layer) in FUSED:
+            spec = layer_spec(layer)
+            return {**spec, "type": spec["type"].lower(), "shape": tuple(layer.out_proj.weight.shape)}
         ordinary = as_torch(layer)
         if ordinary is None:
             return None

@@ -77,18 +77,23 @@ class CompressionPlan:
         by: who made it: the `state_key` of a callback, or the method's name.
         layers: the layers to change.
         skipped: the layers left alone.
+        splits: layers that are only taken apart first, because some of their parts are among `layers`.
     """
 
     method: str
     by: str
     layers: tuple[LayerPlan, ...]
     skipped: tuple[Skip, ...] = ()
+    splits: tuple[LayerPlan, ...] = ()
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` reads it back to an equal plan."""
-        layers = [{"name": layer.name, "spec": layer.spec} for layer in self.layers]
+        entries = {
+            key: [{"name": entry.name, "spec": entry.spec} for entry in getattr(self, key)]
+            for key in ("splits", "layers")
+        }
         skipped = [asdict(skip) for skip in self.skipped]
-        payload = {"version": PLAN_VERSION, "method": self.method, "by": self.by, "layers": layers, "skipped": skipped}
+        payload = {"version": PLAN_VERSION, "method": self.method, "by": self.by, **entries, "skipped": skipped}
         return json.dumps(payload, indent=2)
 
     @classmethod
@@ -101,9 +106,11 @@ class CompressionPlan:
         try:
             payload = json.loads(text)
             version = payload["version"]
-            layers = tuple(LayerPlan(entry["name"], entry["spec"]) for entry in payload["layers"])
+            layers, splits = (
+                tuple(LayerPlan(entry["name"], entry["spec"]) for entry in payload[key]) for key in ("layers", "splits")
+            )
             skipped = tuple(Skip(**entry) for entry in payload["skipped"])
-            plan = cls(payload["method"], payload["by"], layers, skipped)
+            plan = cls(payload["method"], payload["by"], layers, skipped, splits)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"This text is not a compression plan ({error!r}); write one with plan.to_json()."
@@ -113,18 +120,20 @@ class CompressionPlan:
         return plan
 
     def without(self, *names: str) -> Self:
-        """The plan with these layers left alone.
+        """The plan with these layers, and what is inside them, left alone.
 
         Raises:
             OptionError: the plan does not change a layer of that name.
         """
-        planned = [layer.name for layer in self.layers]
+        planned = [layer.name for layer in (*self.splits, *self.layers)]
         for name in names:
             if name not in planned:
                 raise OptionError(f"The plan does not change a layer {name!r}. {known(name, planned)}")
         dropped = tuple(Skip(name, "taken out of the plan") for name in names)
-        kept = tuple(layer for layer in self.layers if layer.name not in names)
-        return replace(self, layers=kept, skipped=self.skipped + dropped)
+        inside = tuple(f"{name}." for name in names)
+        kept = tuple(layer for layer in self.layers if layer.name not in names and not layer.name.startswith(inside))
+        splits = tuple(e for e in self.splits if any(layer.name.startswith(f"{e.name}.") for layer in kept))
+        return replace(self, layers=kept, skipped=self.skipped + dropped, splits=splits)
 
     def __str__(self) -> str:
         lines = [f"{self.method} plan: {len(self.layers)} layers to change, {len(self.skipped)} left alone"]

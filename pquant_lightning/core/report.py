@@ -11,7 +11,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers, drop_user_hooks, weight_of
+from pquant_lightning.core.compressed_layer import (
+    CompressedLayer,
+    changed_layers,
+    compressed_layers,
+    drop_user_hooks,
+    weight_of,
+)
 from pquant_lightning.core.compression_method import relative_error
 from pquant_lightning.core.deploy import (
     count_params,
@@ -25,6 +31,7 @@ from pquant_lightning.core.deploy import (
 )
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import Skip
+from pquant_lightning.core.splitting import split_like
 from pquant_lightning.core.structure import absolute_path
 
 
@@ -167,7 +174,7 @@ def make_report(
         errors: relative weight errors by layer name, where they are known.
         skipped: layers left alone.
     """
-    before = dense_form(model) if original is None else original
+    before = dense_form(model) if original is None else split_like(original, model)
     after = deployed_form(model)
     sparse = _sparse_layers(model)
     macs_before = None if example_inputs is None else count_macs(before, example_inputs)
@@ -179,7 +186,7 @@ def make_report(
 
     layers = []
     resized = _resized_layers(before, after)
-    for name in dict.fromkeys([*compressed_layers(model, outermost=True), *sparse, *resized]):
+    for name in dict.fromkeys([*changed_layers(model), *sparse, *resized]):
         layer = model.get_submodule(name)
         old, new = before.get_submodule(name), after.get_submodule(name)
         error = (errors or {}).get(name)
@@ -222,14 +229,22 @@ def _sparse_layers(model: nn.Module) -> dict[str, tuple[int, float]]:
         return {}
     model = share_copy(model)
     finalize_across_layers(model)
-    deployed = dict(iter_deployed(model))
+    deployed: dict[str, nn.Module] = {}
+    changed = changed_layers(model)
+    for name, final in iter_deployed(model):
+        parts = [n for n in changed if n == name or n.startswith(f"{name}.")]
+        deployed.update({n: final if n == name else final.get_submodule(n[len(name) + 1 :]) for n in parts})
     inside = tuple(f"{name}." for name in deployed)
     found = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
-        own = deployed[name].state_dict() if name in deployed else dict(module.named_parameters(recurse=False))
+        own = (
+            deployed[name].state_dict(keep_vars=True)
+            if name in deployed
+            else dict(module.named_parameters(recurse=False))
+        )
         matrices = [t for t in own.values() if isinstance(t, Tensor) and t.dim() > 1 and id(t) not in seen]
         seen.update(map(id, matrices))
         pairs = [(tensor, count) for tensor in matrices if (count := sparse_count(tensor)) is not None]

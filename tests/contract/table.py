@@ -18,12 +18,14 @@ from pquant_lightning import (
     CompressionMethod,
     CompressionMethodRegistry,
     CompressionPlan,
+    FactorizationCallback,
     LowRankCallback,
     PTQCallback,
     QATCallback,
 )
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext
+from pquant_lightning.core.splitting import split_as_planned
 from tests.models import MODELS, Inputs, SmallModule, built
 
 Options = Mapping[str, Any]
@@ -55,6 +57,19 @@ TABLE: dict[str, MethodRows] = {
         lossless={"rank": 10_000, "min_saving": 0.0},
         tolerance=1e-5,
         ladder=tuple({"rank": rank, "min_saving": 0.0} for rank in (1, 4, 8)),
+    ),
+    "factorization": MethodRows(
+        FactorizationCallback,
+        rows=(
+            {"kind": "sparse_low_rank", "param_ratio": 0.6},
+            {"kind": "nmf", "rank": 2},
+            {"kind": "kronecker", "rank": 2},
+            {"kind": "monarch", "rank": 1, "blocks": 2},
+            {"kind": "cur", "param_ratio": 0.5},
+        ),
+        lossless={"kind": "nmf", "rank": 10_000, "min_saving": 0.0},
+        tolerance=1e-5,
+        ladder=tuple({"kind": "sparse_low_rank", "rank": rank, "min_saving": 0.0} for rank in (1, 4, 8)),
     ),
     "ptq": MethodRows(
         PTQCallback,
@@ -166,6 +181,7 @@ def apply_method(method: CompressionMethod, model: nn.Module, by: str = "test") 
     method.apply(model, plan, context)
     method.calibrate(model, context)
     assert plan.layers, plan
+    split_as_planned(before, plan.splits)
     for entry in plan.layers:
         old, new = before.get_submodule(entry.name), model.get_submodule(entry.name)
         assert type(new) is not type(old) or not same_state(new, old), f"{entry.name} has not changed"
@@ -183,11 +199,16 @@ def compressed(case: Case, seed: int = 0) -> SmallModule:
 def trained(case: Case, steps: int = 2) -> SmallModule:
     """`compressed`, after a few optimizer steps, so that observers have seen data and weights have moved."""
     model = compressed(case).train()
+    methods = [callback.method for callback in case.make_callbacks()]
+    for method in methods:
+        method.project(model, {})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _, batch in zip(range(steps), model.loader(), strict=False):
         optimizer.zero_grad()
         model.loss(batch).backward()
         optimizer.step()
+        for method in methods:
+            method.project(model, {})
     return model
 
 

@@ -22,6 +22,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv_transpose2d": (nn.ConvTranspose2d(8, 12, 3, stride=2), (4, 8, 5, 5)),
     "conv_transpose3d": (nn.ConvTranspose3d(8, 12, 2), (4, 8, 3, 3, 3)),
     "embedding": (nn.Embedding(40, 24), (4, 6)),
+    "attention": (nn.TransformerEncoderLayer(24, 2, 32, dropout=0.0, batch_first=True), (4, 6, 24)),
 }
 INT_ROWS = [(layer, "ptq", {"min_saving": 0.0}) for layer in LAYERS]
 ROWS: list[tuple[str, str, dict[str, Any]]] = [
@@ -35,6 +36,12 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("conv2d", "low_rank", {"rank": 2}),
     ("conv_transpose2d", "low_rank", {"rank": 2}),
     ("embedding", "low_rank", {"rank": 4}),
+    ("linear", "factorization", {"kind": "kronecker", "rank": 4}),
+    ("linear", "factorization", {"kind": "monarch", "rank": 2}),
+    ("linear", "factorization", {"rank": 4}),
+    ("conv2d", "factorization", {"rank": 2}),
+    ("conv_transpose2d", "factorization", {"rank": 2}),
+    ("embedding", "factorization", {"rank": 4}),
 ]
 
 

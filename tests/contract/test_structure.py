@@ -18,6 +18,7 @@ from pquant_lightning import (
 )
 from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext
+from pquant_lightning.core.splitting import split_as_planned
 from tests.contract.table import (
     CASES,
     ROWS,
@@ -97,6 +98,7 @@ def test_from_spec_on_meta_has_the_keys_and_shapes_of_what_apply_made(case: Case
     (callback,) = case.make_callbacks()
     plan = apply_method(callback.method, model)
 
+    split_as_planned(original, plan.splits)
     for entry in plan.layers:
         with torch.device("meta"):
             kind = CompressedLayer.kinds[entry.spec["kind"]]

@@ -1,6 +1,8 @@
 """Every private name of torch and Lightning in use still exists and still does what we use it for."""
 
 import copy
+import inspect
+import re
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from pquant_lightning import prepare
+from pquant_lightning import compress_model, prepare
 from pquant_lightning.core._private import (
+    ATTENTION_ATTRIBUTES,
     FULL_BACKWARD_FLAG,
     LAST_STEP_SAVED,
     MODULE_HOOKS,
@@ -21,6 +24,7 @@ from pquant_lightning.core._private import (
     resume_path,
     shallow_copy,
 )
+from pquant_lightning.core.attention import UnfusedAttention
 from tests.models import MLP
 
 
@@ -210,3 +214,14 @@ def test_a_dispatch_mode_sees_what_torch_executes():
     with torch.no_grad(), Mode():
         nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3))
     assert "aten::mm" in seen
+
+
+def test_encoder_layers_read_nothing_else_of_attention_before_they_leave_the_fast_path():
+    sources = inspect.getsource(nn.TransformerEncoderLayer), inspect.getsource(nn.TransformerEncoder)
+    read = {name for source in sources for name in re.findall(r"self_attn\.(\w+)", source)}
+    of_the_fast_path = {"in_proj_weight", "out_proj", "merge_masks", "embed_dim"}
+    assert read == {*ATTENTION_ATTRIBUTES, *of_the_fast_path}
+    model = compress_model(nn.Sequential(nn.MultiheadAttention(32, 2)), "qat")
+    assert all(hasattr(model[0], name) for name in ATTENTION_ATTRIBUTES)
+    assert UnfusedAttention.in_proj_bias is None  # "was passed bias=False": no fast path
+    assert UnfusedAttention._qkv_same_embed_dim is False

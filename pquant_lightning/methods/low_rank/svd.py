@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, weight_of
-from pquant_lightning.core.compression_method import CompressionContext, LayerMethod
+from pquant_lightning.core.compression_method import CompressionContext
 from pquant_lightning.core.errors import OptionError
 from pquant_lightning.core.layer_adapter import build_layer, layer_spec
 from pquant_lightning.core.options import check_count, check_share, one_of
 from pquant_lightning.core.plan import Candidate, LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.methods.low_rank import _truncated_svd
+from pquant_lightning.methods.low_rank._retraction import retract_factors
+from pquant_lightning.methods.low_rank._ties import TyingMethod
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
@@ -83,6 +85,8 @@ class TruncatedSVDLinear(_LowRankLayer, kind="low_rank_linear"):
     True
     """
 
+    tied_parameters = ("second.weight",)
+
     @staticmethod
     def factor_specs(layer: dict[str, Any], rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {**layer, "out_features": rank, "bias": False}, {**layer, "in_features": rank}
@@ -131,6 +135,8 @@ class TruncatedSVDConvTranspose(_LowRankLayer, kind="low_rank_conv_transpose"):
 
 class TruncatedSVDEmbedding(_LowRankLayer, kind="low_rank_embedding"):
     """`Embedding(num, dim)` as `Embedding(num, r)` and `Linear(r, dim, bias=False)`."""
+
+    tied_parameters = ("first.weight",)
 
     @staticmethod
     def factor_specs(layer: dict[str, Any], rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -203,7 +209,7 @@ def _fill(new: _LowRankLayer, old: nn.Module, factors: Factors | None) -> Tensor
 
 
 @CompressionMethodRegistry.register("low_rank")
-class LowRankCompression(LayerMethod):
+class LowRankCompression(TyingMethod):
     """Truncated SVD of Linear, Conv, ConvTranspose and Embedding layers at the start of fit.
 
     Give at most one of `rank`, `energy` and `param_ratio`; none means `rank=64`. A layer that would not get smaller is
@@ -213,7 +219,12 @@ class LowRankCompression(LayerMethod):
         rank: number of singular values kept per layer (per group of a grouped conv), a count.
         energy: share of each weight's squared Frobenius norm that is kept, in (0, 1]; gives the rank per layer.
         param_ratio: share of each layer's weights that is kept, in (0, 1]; gives the rank per layer.
-        method: how factors are found; `"svd"` is the optimal approximation in the Frobenius norm.
+        method: how factors are found; `"svd"` is the optimal approximation in the Frobenius norm, and
+            `"factorization"` makes a `FactorizationCompression` with the other options.
+        factorize_ties: factorizes an embedding and a head that share their weight, too: they go on sharing the large
+            factor, of a row for each token, while each has a small one of its own. False leaves them alone.
+        retract: keeps the factors, after each optimizer step and with the same product, "balanced" (of equal Gram
+            matrices) or "orthonormal" (the rows of the first one); None leaves them to the optimizer.
         include: glob patterns over module names; only matching layers are changed. None means all.
         exclude: glob patterns over module names; matching layers are left alone.
         min_saving: least share of a layer's stored bytes that must go, else the layer is left alone; 0 asks nothing.
@@ -234,13 +245,12 @@ class LowRankCompression(LayerMethod):
     energy: float | None = None
     param_ratio: float | None = None
     method: Literal["svd", "factorization"] = "svd"
+    retract: Literal["balanced", "orthonormal"] | None = None
 
     stage = Stage.FACTORIZE
 
     def validate_config(self) -> None:
         super().validate_config()
-        if self.method == "factorization":
-            raise OptionError("low_rank has method='svd' in this release; 'factorization' is not part of it yet.")
         name, value = self._target()
         if name == "rank":
             check_count(type(self), name, value, low=1)
@@ -265,7 +275,12 @@ class LowRankCompression(LayerMethod):
                 return Skip(name, f"even rank 1 keeps more than {value:.0%} of its weights")
         else:
             rank = value
-        return LayerPlan(name, _spec(layer, min(rank, *matrix.shape[1:])), scratch=factors)
+        kept = {} if self.retract is None else {"retract": self.retract}
+        return LayerPlan(name, {**_spec(layer, min(rank, *matrix.shape[1:])), **kept}, scratch=factors)
+
+    def project(self, model: nn.Module, state: dict[str, Any]) -> None:
+        if self.retract is not None:
+            retract_factors(model)
 
     def fill(self, new: _LowRankLayer, old: nn.Module, plan: LayerPlan, context: CompressionContext) -> None:
         kept = _fill(new, old, plan.scratch)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers, weight_of
+from pquant_lightning.core.compressed_layer import (
+    CompressedLayer,
+    Stage,
+    changed_layers,
+    compressed_layers,
+    weight_of,
+)
 from pquant_lightning.core.layer_adapter import NORMS, SUPPORTED, build_layer, register_adapter, resized_spec
 from pquant_lightning.core.structure import (
     Kept,
@@ -246,7 +252,7 @@ def remove_channels(model: nn.Module) -> list[Resized]:
     gone = places_of(groups, removed)
     before = {tensor: list(tensor_at(model, tensor).shape) for tensor, _ in gone}
     resized, changed = take_out(model, groups, removed)
-    inside = tuple(f"{layer}." for layer in compressed_layers(model, outermost=True))
+    inside = tuple(f"{layer}." for layer in changed_layers(model))
     tensors = dict(group["tensors"])
     for tensor, shape in before.items():
         if not tensor.startswith(inside):
@@ -292,7 +298,7 @@ def _cut(model: nn.Module, gone: Mapping[tuple[str, int], Sequence[int]]) -> lis
     new = take(old)
     replace_tensors(model, new)
     for name, layer in compressed_layers(model).items():
-        if any(tensor.startswith(f"{name}.") for tensor in places):
+        if layer.stage > Stage.UNFUSE and any(tensor.startswith(f"{name}.") for tensor in places):
             spec, now = layer.spec, resized_spec(layer.spec["layer"], weight_of(layer).shape)
             if now != spec["layer"]:
                 layer.spec = {**spec, "layer": now, "original": spec.get("original", spec["layer"])}

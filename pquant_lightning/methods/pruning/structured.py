@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.core.calibration import Samples, first_samples, from_rank_zero
 from pquant_lightning.core.channels import Group, find_groups
-from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers
+from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, changed_layers, compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, Selection, check_weight
 from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError, known
 from pquant_lightning.core.layer_adapter import as_torch, layer_spec
@@ -20,6 +20,7 @@ from pquant_lightning.core.plan import CompressionPlan, LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import as_call
 from pquant_lightning.core.schedule import scheduled
+from pquant_lightning.core.splitting import planned_splits, split_as_planned, split_view
 from pquant_lightning.core.structure import Resized, absolute_path, decode_indices, tensor_at
 from pquant_lightning.core.surgery import replace_layer
 from pquant_lightning.methods.pruning import _importance, _reconstruction
@@ -183,6 +184,7 @@ class StructuredPruning(CompressionMethod):
             if (ordinary := as_torch(module)) is not None:
                 check_weight(name, ordinary)
         few = Samples((first_samples(samples.batches[0], 2),), samples.run)
+        model = split_view(model, context.kept)
         chosen, trial = Selection(self, model), Trial(model, few)
         groups, skipped = [], []
         for group in context.track(find_groups(model, few), f"{self.name}: trying out"):
@@ -201,7 +203,9 @@ class StructuredPruning(CompressionMethod):
             LayerPlan(_producer(model, units), {"units": units.count, "removes": count, "over": units.modules, **own})
             for units, count, own in zip(groups, counts, _specs(groups), strict=True)
         ]
-        return CompressionPlan(self.name, context.by, tuple(layers), tuple(skipped))
+        touched = [LayerPlan(name, {}) for units in groups for name in units.modules]
+        splits = planned_splits(model, touched, context.by)
+        return CompressionPlan(self.name, context.by, tuple(layers), tuple(skipped), splits)
 
     def _planned(
         self, model: nn.Module, groups: list[Units], context: CompressionContext, example: Samples, skipped: list[Skip]
@@ -257,6 +261,7 @@ class StructuredPruning(CompressionMethod):
 
     def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
         context = context or CompressionContext(by=plan.by)
+        split_as_planned(model, plan.splits)
         groups = [_planned_units(entry) for entry in plan.layers]
         name = _carrier_name(model, groups)
         group = {
@@ -437,7 +442,7 @@ def _why_left(model: nn.Module, units: Units, chosen: Selection) -> str | None:
         return excluded
     if all(reasons):
         return reasons[0]
-    for name, layer in compressed_layers(model, outermost=True).items():
+    for name, layer in changed_layers(model).items():
         if all(module == name or module.startswith(f"{name}.") for module in units.modules):
             return f"is inside {name} ({layer.described()})"
     return "has one unit" if units.count < 2 else None

@@ -23,6 +23,7 @@ from pquant_lightning.core.graph import outer_layers, trace
 from pquant_lightning.core.layer_adapter import layer_spec
 from pquant_lightning.core.options import check_count
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
+from pquant_lightning.core.splitting import split_view
 from pquant_lightning.methods.quantization._folding import fold_norms, relative_path
 from pquant_lightning.methods.quantization._forms import FLOAT
 from pquant_lightning.methods.quantization._kernels import why_no_kernel
@@ -101,6 +102,7 @@ class QuantizationMethod(LayerMethod):
 
     def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
         context = context or CompressionContext(by=self.name)
+        model = split_view(model, context.kept)
         check_patterns(model, "overrides", self.overrides or {})
         graph = None if context.samples is None else trace(model, context.samples)
         norms = {} if graph is None else graph.foldable_norms(model)
