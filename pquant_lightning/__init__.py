@@ -12,6 +12,7 @@ from pquant_lightning.api import (
     save_compressed,
 )
 from pquant_lightning.callbacks.base import CompressionCallback
+from pquant_lightning.callbacks.lora import LoRACallback
 from pquant_lightning.callbacks.low_rank import LowRankCallback
 from pquant_lightning.callbacks.pruning import PruningCallback
 from pquant_lightning.callbacks.quantization import PTQCallback, QATCallback
@@ -23,6 +24,8 @@ from pquant_lightning.core.layer_adapter import LayerAdapter, register_adapter
 from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport
+from pquant_lightning.exporters.peft import load_adapter, save_adapter
+from pquant_lightning.methods.low_rank.lora import LoRACompression, merge_lora, unmerge_lora
 from pquant_lightning.methods.low_rank.svd import LowRankCompression
 from pquant_lightning.methods.pruning.family import PruningCompression
 from pquant_lightning.methods.pruning.unstructured import UnstructuredPruning
@@ -43,6 +46,8 @@ __all__ = [
     "ConfigManager",
     "LayerAdapter",
     "LayerMethod",
+    "LoRACallback",
+    "LoRACompression",
     "LowRankCallback",
     "LowRankCompression",
     "PQuantError",
@@ -57,10 +62,14 @@ __all__ = [
     "compress_model",
     "compression_report",
     "finalize",
+    "load_adapter",
     "load_compressed",
+    "merge_lora",
     "prepare",
     "register_adapter",
+    "save_adapter",
     "save_compressed",
+    "unmerge_lora",
 ]
 
 # Like Lightning, show our messages even where the program sets up no logging.
