@@ -44,19 +44,22 @@ class DigitsDataModule(LightningDataModule):
         val_share: Share of the training images, taken from their end, that is kept for validation.
             0 trains on all of them and leaves the validation out.
         seed: Seed of the order in which the training images are drawn (the split does not depend on it).
+        quarter_turns: How often all images are turned by 90 degrees, for a model that is to be adapted later.
     """
 
-    def __init__(self, batch_size: int = 64, val_share: float = 0.2, seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 64, val_share: float = 0.2, seed: int = 0, quarter_turns: int = 0) -> None:
         super().__init__()
         if not 0.0 <= val_share < 1.0:
             raise ValueError(f"val_share={val_share}: the share of training images to hold out must be in [0, 1).")
         self.save_hyperparameters()
         self.batch_size, self.val_share, self.seed = batch_size, val_share, seed
+        self.quarter_turns = quarter_turns
 
     def setup(self, stage: str) -> None:
         """Load the images, in [0, 1], and split them."""
         digits = load_digits()
         images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)  # (1797, 1, 8, 8)
+        images = images.rot90(self.quarter_turns, (2, 3))
         labels = torch.from_numpy(digits.target).long()
         train, test = train_test_split(range(len(labels)), test_size=0.3, random_state=0, stratify=digits.target)
         num_train = len(train) - int(len(train) * self.val_share)

@@ -12,6 +12,7 @@ from pquant_lightning.api import (
     save_compressed,
 )
 from pquant_lightning.callbacks.base import CompressionCallback
+from pquant_lightning.callbacks.lora import LoRACallback
 from pquant_lightning.callbacks.low_rank import FactorizationCallback, LowRankCallback
 from pquant_lightning.callbacks.pruning import PruningCallback, StructuredPruningCallback
 from pquant_lightning.callbacks.quantization import PTQCallback, QATCallback
@@ -24,7 +25,9 @@ from pquant_lightning.core.optimizer import add_proximal_step
 from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport
+from pquant_lightning.exporters.peft import load_adapter, save_adapter
 from pquant_lightning.methods.low_rank.factorization import FactorizationCompression
+from pquant_lightning.methods.low_rank.lora import LoRACompression, merge_lora, unmerge_lora
 from pquant_lightning.methods.low_rank.svd import LowRankCompression
 from pquant_lightning.methods.pruning.family import PruningCompression
 from pquant_lightning.methods.pruning.structured import StructuredPruning
@@ -48,6 +51,8 @@ __all__ = [
     "FactorizationCompression",
     "LayerAdapter",
     "LayerMethod",
+    "LoRACallback",
+    "LoRACompression",
     "LowRankCallback",
     "LowRankCompression",
     "PQuantError",
@@ -65,10 +70,14 @@ __all__ = [
     "compress_model",
     "compression_report",
     "finalize",
+    "load_adapter",
     "load_compressed",
+    "merge_lora",
     "prepare",
     "register_adapter",
+    "save_adapter",
     "save_compressed",
+    "unmerge_lora",
 ]
 
 # Like Lightning, show our messages even where the program sets up no logging.

@@ -36,7 +36,7 @@ FLOORS = {  # first part of a module's name inside the package -> floor
 }
 WITH_LIGHTNING = ("callbacks", "pipelines", "cli", "api")
 OPTIONAL = ("tensorflow", "jax", "onnx", "onnxruntime", "matplotlib", "sklearn", "peft", "transformers")
-LATER_METHODS = "lora tensor_train tucker cp mixed_precision tensor_network".split()
+LATER_METHODS = "tensor_train tucker cp mixed_precision tensor_network".split()
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,8 @@ PUBLIC = (
     "CompressionMethodRegistry LayerAdapter register_adapter ConfigManager LowRankCompression QATCompression "
     "PTQCallback PTQCompression QuantizationCompression PruningCallback UnstructuredPruning PruningCompression "
     "StructuredPruningCallback StructuredPruning "
-    "FactorizationCallback FactorizationCompression add_proximal_step"
+    "FactorizationCallback FactorizationCompression add_proximal_step "
+    "LoRACallback LoRACompression merge_lora unmerge_lora save_adapter load_adapter"
 ).split()
 
 

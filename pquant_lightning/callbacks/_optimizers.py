@@ -16,6 +16,8 @@ from pquant_lightning.core.structure import Resized
 def repair_optimizers(trainer: Trainer, module: nn.Module, names_before: dict[int, str]) -> None:
     """Replaces parameters that are gone by those of the layers in their place, in the same parameter groups.
 
+    What such a layer has beside a parameter that it took over joins that one's group.
+
     Args:
         trainer: its optimizers exist.
         module: the compressed model.
@@ -33,8 +35,8 @@ def repair_optimizers(trainer: Trainer, module: nn.Module, names_before: dict[in
             gone = [p for p in group["params"] if id(p) not in alive]
             for parameter in gone:
                 optimizer.state.pop(parameter, None)
-            if gone:
-                replacements = _replacements(module, [names_before.get(id(p), "") for p in gone], held)
+            replacements = _replacements(module, [names_before.get(id(p), "") for p in group["params"]], held)
+            if gone or replacements:
                 members = [p for p in group["params"] if id(p) in alive] + replacements
                 # in the order of the model, so that a resume, which knows no adopted parameters, gives the same order
                 group["params"] = sorted(members, key=lambda p: alive[id(p)])

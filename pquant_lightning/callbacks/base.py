@@ -34,6 +34,7 @@ from pquant_lightning.core.errors import (
     OptionError,
 )
 from pquant_lightning.core.optimizer import separate_groups
+from pquant_lightning.core.partial import complete, omit_frozen
 from pquant_lightning.core.plan import CompressionPlan, Skip
 from pquant_lightning.core.report import CompressionReport, make_report
 from pquant_lightning.core.serialization import (
@@ -193,6 +194,11 @@ class _MethodCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self.method.observe(pl_module, self._state)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        whole = trainer.strategy.restore_checkpoint_after_setup or averaged_models(trainer)
+        if self.method.omits_frozen and not whole:
+            checkpoint["state_dict"] = omit_frozen(pl_module, checkpoint["state_dict"])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, value in self.method.metrics(pl_module, self._state).items():
@@ -383,7 +389,8 @@ def _take_structure(trainer: Trainer, module: LightningModule, path: str) -> Non
         checkpoint, specs, state = read_sharded_specs(file)
     else:
         checkpoint = read_checkpoint(file)
-        state = checkpoint.get("state_dict", {})
+        state = dict(checkpoint.get("state_dict", {}))
+        complete(module, state)
         specs = read_specs(state)
     if trainer.state.fn == TrainerFn.FITTING:
         made_by = {spec.get("by") for spec in specs.values()} | set(checkpoint.get("callbacks", {}))
@@ -433,6 +440,7 @@ def _write_artifact(trainer: Trainer, module: LightningModule, path: Path, gathe
         state = checkpoint["state_dict"]
         log.info("The artefact holds the best checkpoint by %s: %s", checkpointer.monitor, best)
     if state is not None:
+        complete(shell, state)
         rebuild(shell, read_specs(state), state)
         shell.load_state_dict(state, strict=module.strict_loading, assign=True)
         share_equal_storage(shell)

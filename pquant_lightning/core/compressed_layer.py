@@ -61,6 +61,7 @@ class CompressedLayer(nn.Module):
     stage: ClassVar[Stage]
     deployed: ClassVar[bool] = False
     unfolds: ClassVar[bool] = False  # gives way to the ordinary layer again where a file holds that one
+    wraps: ClassVar[str | None] = None  # the child that stands for the replaced layer, in the same or another form
     float32_tensors: ClassVar[tuple[str, ...]] = ()  # own parameters and buffers that stay float32 when cast
     parameter_buffers: ClassVar[tuple[str, ...]] = ()  # former parameters that a deployed form keeps as buffers
     derived_tensors: ClassVar[tuple[str, ...]] = ()  # functions of `weight` alone: shared where the weight was
@@ -104,7 +105,7 @@ class CompressedLayer(nn.Module):
         return 0
 
     def parameter_options(self) -> dict[str, dict[str, float]]:
-        """Own parameters that want a group of their own in the optimizer, by name: `lr` (a factor), `weight_decay`."""
+        """Own parameters that want a group of their own in the optimizer: `lr` (a factor), and maybe `weight_decay`."""
         return {}
 
     def described(self) -> str:
@@ -162,6 +163,14 @@ def drop_user_hooks(twin: nn.Module) -> None:
             hooks = module.__dict__[table]
             for key in [key for key, hook in hooks.items() if hook is not _keep_slow_path]:
                 del hooks[key]
+
+
+def allow_fast_path(layer: nn.Module) -> None:
+    """Takes our own hook off an ordinary layer that stands where one of ours was."""
+    for table in MODULE_HOOKS:
+        hooks = layer.__dict__[table]
+        for key in [key for key, hook in hooks.items() if hook is _keep_slow_path]:
+            del hooks[key]
 
 
 def find_kind(name: object) -> type[CompressedLayer]:
@@ -282,6 +291,7 @@ def rebuild(
     ties = _ties(layers)
     for name, ordinary in unfolded.items():
         replace_layer(root, name, ordinary)
+        allow_fast_path(ordinary)
     replaced = [(replace_layer(root, name, layer), layer) for name, layer in pending.items()]
     restored = sum(getattr(old, "deployed", False) and not new.deployed for old, new in replaced)
     if restored:
@@ -450,7 +460,10 @@ def _tensor_at(layer: nn.Module, path: str) -> tuple[nn.Module, str, Tensor | No
     return holder, attribute, tensor if isinstance(tensor, Tensor) else None
 
 
-def _load_hook(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def _load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    from pquant_lightning.core.partial import complete  # it needs this module
+
+    complete(module, state_dict, prefix)
     rebuild(module, read_specs(state_dict, prefix), state_dict, prefix)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, TypeGuard, dataclass_transform
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, install_hook, weight_of
 from pquant_lightning.core.deploy import count_params, deployed_bytes, stored_bytes
 from pquant_lightning.core.errors import ModelError, OptionError, known
-from pquant_lightning.core.layer_adapter import FUSED, as_torch, layer_spec, why_unsupported
+from pquant_lightning.core.layer_adapter import FUSED, SUPPORTED, as_torch, build_layer, layer_spec, why_unsupported
 from pquant_lightning.core.options import check_type
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
@@ -78,6 +78,7 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
 
     stage: ClassVar[Stage] = Stage.QUANTIZE  # last, unless a method says otherwise
     trains: ClassVar[bool] = False  # the method's own form must be trained; compress_model then gives the training form
+    takes_deployed: ClassVar[bool] = False  # may wrap a layer that is deployed already; it gets that layer itself
     keeps_ties: ClassVar[bool] = False  # a weight shared with another layer stays shared
     acts_after_training: ClassVar[bool] = (
         False  # in a Trainer, `calibrate` sees the trained weights, not the first ones
@@ -96,6 +97,11 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
     @property
     def needs_samples(self) -> bool:
         """Whether the method cannot do without samples."""
+        return False
+
+    @property
+    def omits_frozen(self) -> bool:
+        """Whether the checkpoints of a fit leave out weights that are frozen and that the uncompressed model has."""
         return False
 
     @property
@@ -340,7 +346,7 @@ class LayerMethod(CompressionMethod):
         split_as_planned(model, plan.splits)
         for entry in context.track(plan.layers, f"{self.name}: compressing"):
             old = get_layer(model, entry.name)
-            ordinary = as_torch(old)
+            ordinary = old if self._takes(old) else as_torch(old)
             if ordinary is None:
                 raise ModelError(f"The plan changes {entry.name!r}, a {type(old).__name__}, which has no adapter.")
             new = CompressedLayer.build(entry.spec, old)
@@ -357,7 +363,10 @@ class LayerMethod(CompressionMethod):
         for name, module in model.named_modules():
             if any(name.startswith(f"{prefix}.") for prefix in closed):
                 continue
-            if isinstance(module, CompressedLayer) and module.stage >= self.stage:
+            if self._takes(module) and chosen(name) is None:
+                closed.append(name)
+                yield name, module
+            elif isinstance(module, CompressedLayer) and module.stage >= self.stage:
                 closed.append(name)
                 skipped.append(Skip(name, f"already compressed ({module.described()})"))
             elif type(module) in FUSED:
@@ -376,12 +385,18 @@ class LayerMethod(CompressionMethod):
             else:
                 yield name, module
 
+    def _takes(self, module: nn.Module) -> TypeGuard[CompressedLayer]:
+        """Whether this is a deployed layer of a later stage that the method may wrap."""
+        if not (self.takes_deployed and isinstance(module, CompressedLayer) and module.deployed):
+            return False
+        return module.stage > self.stage and module.spec["layer"]["type"] in {cls.__name__ for cls in SUPPORTED}
+
     def _decide(
         self, name: str, module: nn.Module, owners: dict[int, list[str]], context: CompressionContext
     ) -> LayerPlan | Skip:
-        layer = as_torch(module)
+        layer = build_layer(module.spec["layer"], device="meta") if self._takes(module) else as_torch(module)
         assert layer is not None
-        if (reason := check_weight(name, layer)) is not None:
+        if not self._takes(module) and (reason := check_weight(name, layer)) is not None:
             return Skip(name, reason)
         shared = [other for p in module.parameters(recurse=False) for other in owners[id(p)] if other != name]
         if shared and not (self.changes_shared and layer is module):  # an adapter's weight may be a copy

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pquant_lightning.core._private import MODULE_TABLE, TENSOR_TABLES, shallow_copy
-from pquant_lightning.core.compressed_layer import CompressedLayer, changed_layers, compressed_layers
+from pquant_lightning.core.compressed_layer import (
+    CompressedLayer,
+    allow_fast_path,
+    changed_layers,
+    compressed_layers,
+)
 from pquant_lightning.core.layer_adapter import build_layer
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.structure import arrange
@@ -25,6 +30,8 @@ def deploy(model: nn.Module) -> None:
     finalize_across_layers(model)
     for name, final in iter_deployed(model):
         replace_layer(model, name, final)
+        if not isinstance(final, CompressedLayer):
+            allow_fast_path(final)
 
 
 def finalize_across_layers(model: nn.Module) -> None:
@@ -67,11 +74,16 @@ def stored_bytes(module: nn.Module) -> int:
 
 
 def sparse_count(tensor: Any) -> int | None:
-    """How many values are not zero, where storing only those and one bit per value saves a tenth or more; else None."""
+    """How many values are not zero, where storing only those and one bit per value saves a tenth or more; else None.
+
+    A tensor of nothing but zeros is where training starts from, not what it leaves, and is None as well.
+    """
     if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.dim() < 2 or not tensor.numel():
         return None
     count = int(torch.count_nonzero(tensor))
-    return count if sparse_bytes(tensor, count) <= SPARSE_FROM * tensor.numel() * tensor.element_size() else None
+    return (
+        count if count and sparse_bytes(tensor, count) <= SPARSE_FROM * tensor.numel() * tensor.element_size() else None
+    )
 
 
 def sparse_bytes(tensor: Tensor, count: int) -> int:

