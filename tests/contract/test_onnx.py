@@ -42,6 +42,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("conv2d", "factorization", {"rank": 2}),
     ("conv_transpose2d", "factorization", {"rank": 2}),
     ("embedding", "factorization", {"rank": 4}),
+    *((layer, "structured_pruning", {"round_to": 1}) for layer in LAYERS),
     ("linear", "lora on integers", {"r": 4}),
     ("conv2d", "lora on integers", {"r": 4, "use_dora": True}),
     ("embedding", "lora on integers", {"r": 4, "init": "pissa"}),
@@ -56,6 +57,14 @@ def _inputs(name: str) -> torch.Tensor:
 
 def _deployed(name: str, method: str, options: dict[str, Any]) -> nn.Module:
     model = nn.Sequential(LAYERS[name][0])
+    if method == "structured_pruning" and name != "attention":  # whose channels somebody reads
+        with torch.no_grad():
+            channels = model(_inputs(name)).shape[-1 if name in ("linear", "embedding") else 1]
+        dims = getattr(LAYERS[name][0], "kernel_size", ())
+        reader: Any = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(dims)]
+        model.append(reader(channels, 6, *([1] if dims else [])))
+        if getattr(LAYERS[name][0], "groups", 1) > 1:  # groups go with their inputs
+            model.insert(0, nn.Conv2d(4, 4, 1))
     if method == "lora on integers":  # elsewhere an adapter is merged
         model = compress_model(model, "ptq", train_loader=[_inputs(name)], min_saving=0.0)
         model = compress_model(model, "lora", **options)
