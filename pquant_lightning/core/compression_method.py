@@ -85,6 +85,11 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
         return 0
 
     @property
+    def wanted_samples_in_trainer(self) -> int:
+        """The same in a Trainer, where a method that acts before the training may want none."""
+        return self.wanted_samples
+
+    @property
     def needs_samples(self) -> bool:
         """Whether the method cannot do without samples."""
         return False
