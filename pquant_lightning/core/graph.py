@@ -112,7 +112,7 @@ class _Recorder(TorchFunctionMode):
         return hook
 
     def _ids(self, values: Any) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(self._number(tensor) for tensor in _tensors(values)))
+        return tuple(dict.fromkeys(self._number(tensor) for tensor in tensors_in(values)))
 
     def _number(self, tensor: Tensor) -> int:
         if id(tensor) not in self.numbers:
@@ -126,15 +126,15 @@ class _Recorder(TorchFunctionMode):
         return self.graph
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, dict):
         for value in values.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(values, list | tuple):
         for value in values:
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 def trace(model: nn.Module, samples: Samples) -> Graph:
