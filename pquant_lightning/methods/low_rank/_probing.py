@@ -1,6 +1,6 @@
 """How much the model's outputs suffer where one layer alone is factorized: what a shared budget must know."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -30,7 +30,8 @@ def output_weights(
 ) -> dict[str, float]:
     """By which factor the loss of a layer comes out of the model, measured layer by layer; the model is not changed.
 
-    The outputs' error counts as ||o' - o||^2 / ||o - mean o||^2, the mean over all output tensors.
+    The outputs' error counts as ||o' - o||^2 / ||o - mean o||^2 with the mean over samples, averaged over what the
+    model gives out.
 
     Args:
         model: uncompressed.
@@ -45,15 +46,16 @@ def output_weights(
     share = -(-PROBE_SAMPLES // len(samples.batches))
     few = Samples(tuple(first_samples(batch, share) for batch in samples.batches), samples.run)
     twin = share_copy(model)
-    expected = list(_outputs(twin, few))
-    variances = [float((tensor - tensor.mean()).square().mean()) for tensor in expected]
+    expected = _outputs(twin, few)
+    variances = [sum(map(_variation, tensors)) for tensors in expected]
     weights = {}
     for name, probe in track(list(probes.items()), "low_rank: measuring"):
         original = twin.get_submodule(name)
         replace_layer(twin, name, _approximated(original, probe, moments_of(name)))
         errors = [
-            float((given - wanted).square().mean()) / variance
-            for given, wanted, variance in zip(_outputs(twin, few), expected, variances, strict=True)
+            sum(float((given - wanted).square().sum()) for given, wanted in zip(givens, tensors, strict=True))
+            / variance
+            for givens, tensors, variance in zip(_outputs(twin, few), expected, variances, strict=True)
             if variance > 0
         ]
         replace_layer(twin, name, original)
@@ -61,11 +63,20 @@ def output_weights(
     return weights
 
 
-def _outputs(model: nn.Module, samples: Samples) -> Iterator[Tensor]:
-    for output in run_samples(model, samples):
-        for tensor in tensors_in(output):
-            if tensor.is_floating_point() and tensor.numel():
-                yield tensor.float()
+def _outputs(model: nn.Module, samples: Samples) -> list[list[Tensor]]:
+    """Of each floating-point tensor that the model gives out, its values in all batches."""
+    batches = [
+        [tensor.float() for tensor in tensors_in(output) if tensor.is_floating_point()]
+        for output in run_samples(model, samples)
+    ]
+    return [list(tensors) for tensors in zip(*batches, strict=True)]
+
+
+def _variation(tensor: Tensor) -> float:
+    """||o - mean o||^2 as if the mean over samples were known exactly; over everything where there is one sample."""
+    if tensor.dim() == 0 or len(tensor) < 2:
+        return float((tensor - tensor.mean()).square().sum())
+    return float(tensor.var(0).sum()) * len(tensor)
 
 
 def _approximated(module: nn.Module, probe: Candidate, moments: InputMoments | None) -> nn.Module:
