@@ -53,7 +53,7 @@ def _kept(model, original):
 
 
 def _ranks(model):
-    return {name: module.spec["rank"] for name, module in model.named_modules() if hasattr(module, "spec")}
+    return {name: module.spec["rank"] for name, module in model.named_modules() if "rank" in getattr(module, "spec", {})}
 
 
 class TestData:
