@@ -57,9 +57,9 @@ NETWORKS = (
 )
 
 
-def low_rank(network: Network) -> Callback:
-    """Every other layer keeps a quarter of its parameters."""
-    return LowRankCallback(param_ratio=0.25, exclude=list(network.keep_dense))
+def low_rank(network: Network, **options: Any) -> Callback:
+    """Every other layer keeps a quarter of its parameters, where `options` say nothing else."""
+    return LowRankCallback(**(options or {"param_ratio": 0.25}), exclude=list(network.keep_dense))
 
 
 def pruning(sparsity: float) -> Callback:
@@ -79,6 +79,8 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "fp32+20": Method("fp32, 20 more epochs", lambda network: []),
     "low_rank": Method("low rank, 25 %", lambda network: [low_rank(network)]),
+    "low_rank10": Method("low rank, 10 %", lambda network: [low_rank(network, param_ratio=0.1)]),
+    "low_rank10shared": Method("low rank, 10 %, shared", lambda network: [low_rank(network, budget={"params": 0.1})]),
     "qat8": Method("QAT, 8 bit", lambda network: [QATCallback(bits=8)]),
     "qat4": Method("QAT, 4-bit weights", lambda network: [QATCallback(weight_bits=4, act_bits=8)]),
     "qat2": Method("QAT, 2-bit weights", lambda network: [QATCallback(weight_bits=2, act_bits=8)]),
@@ -119,7 +121,12 @@ POST_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
     "ptq4": ("PTQ, 4-bit weights", {"weight_bits": 4, "act_bits": 8}),
     "ptq2": ("PTQ, 2-bit weights", {"weight_bits": 2, "act_bits": 8}),
 }
-TITLES = {"fp32": "fp32"} | {name: row[0] for name, row in (METHODS | ADAPTING | POST_TRAINING).items()}
+# Low rank fitted to training images, without training.
+FITTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "low_rank50": ("low rank, 50 %, not trained", {"param_ratio": 0.5}),
+    "low_rank50plain": ("low rank, 50 %, not trained, without data", {"param_ratio": 0.5, "data_aware": False}),
+}
+TITLES = {"fp32": "fp32"} | {name: row[0] for name, row in (METHODS | ADAPTING | POST_TRAINING | FITTED).items()}
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,11 @@ def run(network: Network, methods: Sequence[str], seed: int, val_share: float, r
             model = compress_model(dense, "ptq", train_loader=data, **POST_TRAINING[method][1])
             scores[method] = score(model, data, root / f"{method}.safetensors")
             continue
+        if method in FITTED:
+            options = {"exclude": list(network.keep_dense), **FITTED[method][1]}
+            model = compress_model(dense, "low_rank", train_loader=data, **options)
+            scores[method] = score(model, data, root / f"{method}.safetensors")
+            continue
         row = (METHODS | ADAPTING)[method]
         model = copy.deepcopy(turned if method in ADAPTING else dense)
         model.hparams["lr"] = row.lr
@@ -208,7 +220,7 @@ def main() -> None:
     parser.add_argument("--validate", action="store_true", help="score a validation split instead of the test images")
     options = parser.parse_args()
     logging.getLogger("pquant_lightning").setLevel(logging.WARNING)  # no table per fit
-    methods = [method for method in (*POST_TRAINING, *METHODS, *ADAPTING) if method in options.only]
+    methods = [method for method in (*POST_TRAINING, *FITTED, *METHODS, *ADAPTING) if method in options.only]
     val_share = 0.2 if options.validate else 0.0
 
     print("| model | method | accuracy | parameters | bytes | smaller |\n|---|---|---:|---:|---:|---:|", flush=True)

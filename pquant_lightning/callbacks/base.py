@@ -456,7 +456,7 @@ def _take_samples(trainer: Trainer, module: LightningModule, method: Compression
 
     Where the model cannot be run on them, a method that does not need them goes on without, with a warning.
     """
-    if not method.wanted_samples:
+    if not method.wanted_samples_in_trainer:
         return None
     trainer.fit_loop.setup_data()
     loader = trainer.train_dataloader
@@ -466,7 +466,7 @@ def _take_samples(trainer: Trainer, module: LightningModule, method: Compression
             raise CalibrationError(
                 "There are several training loaders, and it is not known which batches forward takes."
             )
-        samples = Samples.take(loader, -(-method.wanted_samples // trainer.world_size), run)
+        samples = Samples.take(loader, -(-method.wanted_samples_in_trainer // trainer.world_size), run)
         for _ in run_samples(module, Samples((first_samples(samples.batches[0], 2),), samples.run)):
             pass
     except CalibrationError as error:

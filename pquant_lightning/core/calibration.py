@@ -198,7 +198,10 @@ def run_samples(model: nn.Module, samples: Samples, batch_norms: bool = False) -
         return tensor.to(reference.device, reference.dtype if halved and tensor.is_floating_point() else None)
 
     modes = [(module, module.training) for module in model.modules()]
+    nesting: list[Any] = [module for module in model.modules() if getattr(module, "use_nested_tensor", False) is True]
     model.eval()
+    for module in nesting:  # what layers receive must be ordinary tensors
+        module.use_nested_tensor = False
     norms: list[Any] = [
         module for module in model.modules() if batch_norms and getattr(module, "running_mean", None) is not None
     ]
@@ -213,6 +216,8 @@ def run_samples(model: nn.Module, samples: Samples, batch_norms: bool = False) -
             with torch.no_grad():
                 yield _run(model, samples.run, _map(placed, batch))
     finally:
+        for module in nesting:
+            module.use_nested_tensor = True
         for norm, momentum, tracked in kept:
             norm.momentum, norm.num_batches_tracked = momentum, tracked
         for module, training in modes:
@@ -364,8 +369,13 @@ def from_rank_zero(decision: Decision, samples: Samples) -> Decision:
     return decision
 
 
+def is_distributed() -> bool:
+    """Whether this is one of several processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _reduces(samples: Samples) -> bool:
-    return samples.reduce and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return samples.reduce and is_distributed()
 
 
 def _summary(collected: _Collector, bins: int, reduce: bool) -> InputStatistics:

@@ -95,6 +95,11 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
         return 0
 
     @property
+    def wanted_samples_in_trainer(self) -> int:
+        """The same in a Trainer, where a method that acts before the training may want none."""
+        return self.wanted_samples
+
+    @property
     def needs_samples(self) -> bool:
         """Whether the method cannot do without samples."""
         return False
@@ -356,7 +361,9 @@ class LayerMethod(CompressionMethod):
                     context.errors[entry.name] = relative_error(weight_of(ordinary), weight_of(new))
             replace_layer(model, entry.name, new)
 
-    def _targets(self, model: nn.Module, skipped: list[Skip], kept: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
+    def _targets(
+        self, model: nn.Module, skipped: list[Skip], kept: frozenset[str] = frozenset()
+    ) -> Iterator[tuple[str, nn.Module]]:
         """Ordinary layers this method may look at; the others are noted with the reason."""
         chosen = Selection(self, model)
         closed: list[str] = []

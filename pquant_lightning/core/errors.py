@@ -24,6 +24,10 @@ class CalibrationError(PQuantError):
     """The calibration data are empty, do not fit the model, or make it give values that are not finite."""
 
 
+class BudgetError(PQuantError):
+    """A budget over layers cannot be met, or what it is shared among is not well defined."""
+
+
 class CallbackOrderError(PQuantError):
     """The callbacks stand in an order in which they would undo or miss each other's work."""
 

@@ -56,7 +56,13 @@ class MethodRows:
 TABLE: dict[str, MethodRows] = {
     "low_rank": MethodRows(
         LowRankCallback,
-        rows=({"rank": 2}, {"energy": 0.6}, {"param_ratio": 0.5}),
+        rows=(
+            {"rank": 2},
+            {"energy": 0.6},
+            {"param_ratio": 0.5},
+            {"budget": {"params": 0.6}, "data_aware": True},
+            {"param_ratio": 0.6, "split": "spatial", "sequential": True},
+        ),
         lossless={"rank": 10_000, "min_saving": 0.0},
         tolerance=1e-5,
         ladder=tuple({"rank": rank, "min_saving": 0.0} for rank in (1, 4, 8)),
@@ -190,11 +196,16 @@ def over_methods(with_ladder: bool = False) -> Any:
     return pytest.mark.parametrize(("name", "model"), pairs, ids=[f"{model}-{name}" for name, model in pairs])
 
 
+def context_for(method: CompressionMethod, model: nn.Module, by: str = "test") -> CompressionContext:
+    """With the model's own data, where the method wants them in a Trainer."""
+    with_data = isinstance(model, SmallModule) and method.wanted_samples_in_trainer > 0
+    return CompressionContext(by=by, samples=method.samples_of(model.loader()) if with_data else None)
+
+
 def apply_method(method: CompressionMethod, model: nn.Module, by: str = "test") -> CompressionPlan:
     """Plans and applies by hand; the row is worth nothing unless every planned layer has changed."""
     before = copy.deepcopy(model)
-    data = model.loader() if isinstance(model, SmallModule) else None
-    context = CompressionContext(by=by, samples=method.samples_of(data))
+    context = context_for(method, model, by)
     plan = method.plan(model, context)
     method.apply(model, plan, context)
     method.calibrate(model, context)

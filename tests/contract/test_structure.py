@@ -17,7 +17,6 @@ from pquant_lightning import (
     finalize,
 )
 from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers
-from pquant_lightning.core.compression_method import CompressionContext
 from pquant_lightning.core.splitting import split_as_planned
 from tests.contract.table import (
     CASES,
@@ -26,6 +25,7 @@ from tests.contract.table import (
     Case,
     apply_method,
     compressed,
+    context_for,
     output,
     over,
     over_methods,
@@ -71,9 +71,9 @@ def test_a_plan_read_from_json_applies_to_the_same_model(case: Case) -> None:
     model, twin = case.make_model(), case.make_model()
     plan = apply_method(callback.method, model)
 
-    callback.method.apply(twin, CompressionPlan.from_json(plan.to_json()))
-    samples = callback.method.samples_of(twin.loader())
-    callback.method.calibrate(twin, CompressionContext(by="test", samples=samples))
+    context = context_for(callback.method, twin)
+    callback.method.apply(twin, CompressionPlan.from_json(plan.to_json()), context)
+    callback.method.calibrate(twin, context)
 
     assert specs_of(twin) == specs_of(model)
     torch.testing.assert_close(output(twin, case.inputs()), output(model, case.inputs()), atol=1e-5, rtol=1e-4)
@@ -250,7 +250,7 @@ def test_the_info_of_a_finalized_model_counts_its_integer_weights() -> None:
 def test_the_context_is_told_the_error_of_every_changed_layer(case: Case) -> None:
     model = case.make_model()
     method = case.make_callbacks()[0].method
-    context = CompressionContext(by="test")
+    context = context_for(method, model)
     plan = method.plan(model, context)
 
     method.apply(model, plan, context)

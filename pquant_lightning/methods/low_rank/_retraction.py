@@ -1,5 +1,6 @@
 """Factors that are kept balanced or orthonormal while they are trained."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -7,8 +8,17 @@ from torch import nn
 
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.optimizer import balance_factors, orthonormalize_factors
+from pquant_lightning.core.plan import CompressionPlan, LayerPlan
 
 _RETRACTIONS = {"balanced": balance_factors, "orthonormal": orthonormalize_factors}
+
+
+def with_retraction(plan: CompressionPlan, how: str | None) -> CompressionPlan:
+    """The plan with `retract` in the specs of its layers; the plan itself for None."""
+    if how is None:
+        return plan
+    layers = tuple(LayerPlan(entry.name, {**entry.spec, "retract": how}, entry.scratch) for entry in plan.layers)
+    return dataclasses.replace(plan, layers=layers)
 
 
 @torch.no_grad()

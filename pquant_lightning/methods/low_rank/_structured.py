@@ -9,13 +9,13 @@ from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, weigh
 from pquant_lightning.core.deploy import SPARSE_FROM, sparse_bytes
 from pquant_lightning.core.layer_adapter import build_layer
 from pquant_lightning.methods.low_rank._factorizations import monarch_matrix
-from pquant_lightning.methods.low_rank.svd import (
+from pquant_lightning.methods.low_rank._layers import (
+    LowRankLayer,
     TruncatedSVDConv,
     TruncatedSVDConvTranspose,
     TruncatedSVDEmbedding,
     TruncatedSVDLinear,
 )
-from pquant_lightning.methods.low_rank.svd import _LowRankLayer as LowRankLayer
 
 
 class _StructuredLinear(CompressedLayer, stage=Stage.FACTORIZE):

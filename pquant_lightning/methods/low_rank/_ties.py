@@ -31,14 +31,21 @@ class TyingMethod(LayerMethod):
 
     def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
         super().apply(model, plan, context)
-        with torch.no_grad():
-            for entry in plan.layers:
-                for own, target in entry.spec.get("tied_to", {}).items():
-                    _tie(model, entry.name, own, target)
+        tie_factors(model, plan)
+
+
+@torch.no_grad()
+def tie_factors(model: nn.Module, plan: CompressionPlan) -> None:
+    """Ties what the plan says is tied, as far as the layers have been changed already; idempotent."""
+    for entry in plan.layers:
+        for own, target in entry.spec.get("tied_to", {}).items():
+            owner = model.get_submodule(target.removesuffix(".weight").rpartition(".")[0])
+            if isinstance(owner, CompressedLayer) and isinstance(model.get_submodule(entry.name), CompressedLayer):
+                _tie(model, entry.name, own, target)
 
 
 def _with_ties(model: nn.Module, plan: CompressionPlan) -> CompressionPlan:
-    """The plan with `tied_to` in the specs of all but the first layer of each shared weight.
+    """The plan with `tied_to` in the specs of all but the first layer of each shared weight, and one rank for all.
 
     Where not all layers of a weight can be changed alike, they are left alone.
     """
@@ -54,6 +61,11 @@ def _with_ties(model: nn.Module, plan: CompressionPlan) -> CompressionPlan:
             dropped = [name for name in names if entries.pop(name, None) is not None]
             skipped += [Skip(name, reason, plan.by) for name in dropped]
             continue
+        rank = min(entries[name].spec["rank"] for name in names)
+        for name in names:
+            entry = entries[name]
+            if entry.spec["rank"] != rank:
+                entries[name] = LayerPlan(name, {**entry.spec, "rank": rank})
         owner, *others = names
         target = f"{owner}.{_left_of(entries[owner])}"
         for name in others:
@@ -73,8 +85,6 @@ def _why_not_tied(view: nn.Module, names: list[str], entries: dict[str, LayerPla
             return f"shares more than its weight with {names[0]!r}"
         if not CompressedLayer.kinds[entries[name].spec["kind"]].tied_parameters:
             return f"shares its weight with {names[0]!r}, and layers of this type cannot share a factor"
-    if len({entries[name].spec["rank"] for name in names}) > 1:
-        return f"shares its weight with {names[0]!r}, and their ranks differ"
     return None
 
 

@@ -16,6 +16,7 @@ from pquant_lightning.core.options import check_count, check_share, one_of
 from pquant_lightning.core.plan import LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.methods.low_rank import _factorizations as math_of
+from pquant_lightning.methods.low_rank._layers import low_rank_spec, weight_matrix
 from pquant_lightning.methods.low_rank._structured import (
     KroneckerLinear,
     MonarchLinear,
@@ -24,8 +25,7 @@ from pquant_lightning.methods.low_rank._structured import (
     SparseLowRankEmbedding,
     SparseLowRankLinear,
 )
-from pquant_lightning.methods.low_rank.svd import LowRankCompression, weight_matrix
-from pquant_lightning.methods.low_rank.svd import _spec as low_rank_spec
+from pquant_lightning.methods.low_rank.svd import LowRankCompression
 
 # what a kind is by default, where it asks for it; None elsewhere
 _DEFAULTS: dict[str, dict[str, Any]] = {

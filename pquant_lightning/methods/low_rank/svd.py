@@ -1,305 +1,311 @@
 """Low rank by truncated singular value decomposition: one layer becomes two thin ordinary ones."""
 
-from typing import Any, Literal, Self
+import logging
+from dataclasses import replace
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, weight_of
+from pquant_lightning.core.calibration import Samples, first_samples, is_distributed, run_samples
+from pquant_lightning.core.compressed_layer import Stage
 from pquant_lightning.core.compression_method import CompressionContext
-from pquant_lightning.core.errors import OptionError
-from pquant_lightning.core.layer_adapter import build_layer, layer_spec
+from pquant_lightning.core.errors import CalibrationError, OptionError
+from pquant_lightning.core.layer_adapter import as_torch
+from pquant_lightning.core.moments import InputMoments, MomentSource, has_moments
 from pquant_lightning.core.options import check_count, check_share, one_of
-from pquant_lightning.core.plan import Candidate, LayerPlan, Skip
+from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
-from pquant_lightning.methods.low_rank import _truncated_svd
-from pquant_lightning.methods.low_rank._retraction import retract_factors
-from pquant_lightning.methods.low_rank._ties import TyingMethod
+from pquant_lightning.core.splitting import split_as_planned, split_view
+from pquant_lightning.methods.low_rank._choices import Choice, choose, offers, why_slower
+from pquant_lightning.methods.low_rank._fitting import fit_layer
+from pquant_lightning.methods.low_rank._layers import (
+    Kind,
+    LowRankLayer,
+    TruncatedSVDLinear,
+    factorize,
+    fill_factors,
+    kinds_of,
+    low_rank_spec,
+    weight_matrix,
+)
+from pquant_lightning.methods.low_rank._probing import output_weights
+from pquant_lightning.methods.low_rank._retraction import retract_factors, with_retraction
+from pquant_lightning.methods.low_rank._sequential import apply_in_order
+from pquant_lightning.methods.low_rank._shared_budget import BUDGETS, allowed_offers, probe_of, share_budget
+from pquant_lightning.methods.low_rank._ties import TyingMethod, tie_factors
 
-Factors = tuple[Tensor, Tensor, Tensor]
+__all__ = ["LowRankCompression", "TruncatedSVDLinear", "factorize", "weight_matrix"]
 
-
-class _LowRankLayer(CompressedLayer, stage=Stage.FACTORIZE):
-    """`second(first(x))`; the weight, as matrices (groups, m, n), is left @ right, (groups, m, r) @ (groups, r, n)."""
-
-    first: nn.Module
-    second: nn.Module
-
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any], replaced: nn.Module | None) -> Self:
-        layer = cls()
-        layer.first, layer.second = (build_layer(factor) for factor in cls.factor_specs(spec["layer"], spec["rank"]))
-        return layer
-
-    @staticmethod
-    def factor_specs(layer: dict[str, Any], rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Structures of the two ordinary layers that stand for `layer`."""
-        raise NotImplementedError
-
-    @staticmethod
-    def to_matrix(weight: Tensor, groups: int) -> Tensor:
-        """The layer's weight as `(groups, m, n)`."""
-        return weight.reshape(groups, weight.shape[0] // groups, -1)
-
-    def set_factors(self, left: Tensor, right: Tensor) -> None:
-        """Copies `(groups, m, r)` and `(groups, r, n)` into the two layers."""
-        _copy(self.first, right)
-        _copy(self.second, left)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """The two layers' weights as `(groups, m, r)` and `(groups, r, n)`."""
-        groups, rank = self.spec["layer"].get("groups", 1), self.spec["rank"]
-        right = weight_of(self.first).reshape(groups, rank, -1)
-        return weight_of(self.second).reshape(groups, -1, rank), right
-
-    def dense_weight(self) -> Tensor:
-        left, right = self.factors()
-        rows = left.shape[0] * left.shape[1]
-        return (left @ right).reshape(rows, -1, *self.spec["layer"].get("kernel_size", ()))
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of the layer this one stands for, computed from the factors; read-only."""
-        return self.dense_weight()
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.second(self.first(x))
-        return out
-
-    def described(self) -> str:
-        return f"low rank {self.spec['rank']}"
-
-
-def _copy(layer: nn.Module, values: Tensor) -> None:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    weight.copy_(values.reshape(weight.shape))
-
-
-class TruncatedSVDLinear(_LowRankLayer, kind="low_rank_linear"):
-    """`Linear(in, out)` as `Linear(in, r, bias=False)` and `Linear(r, out)`.
-
-    >>> linear = nn.Linear(16, 12)
-    >>> low_rank = TruncatedSVDLinear.from_linear(linear, rank=12)
-    >>> torch.allclose(low_rank(torch.ones(2, 16)), linear(torch.ones(2, 16)), atol=1e-5)
-    True
-    """
-
-    tied_parameters = ("second.weight",)
-
-    @staticmethod
-    def factor_specs(layer: dict[str, Any], rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {**layer, "out_features": rank, "bias": False}, {**layer, "in_features": rank}
-
-    @classmethod
-    def from_linear(cls, layer: nn.Linear, rank: int = 64) -> "TruncatedSVDLinear":
-        """The best approximation of a linear layer of that rank (at most `min(in, out)`).
-
-        Raises:
-            OptionError: it is no `nn.Linear`, or the rank is below 1.
-        """
-        if type(layer) is not nn.Linear or rank < 1:
-            raise OptionError(f"from_linear takes an nn.Linear and a rank of at least 1, got {layer!r}, rank={rank!r}.")
-        new = factorize(layer, rank)
-        assert isinstance(new, TruncatedSVDLinear)
-        return new
-
-
-class TruncatedSVDConv(_LowRankLayer, kind="low_rank_conv"):
-    """`Conv(in, out, k)` as `Conv(in, g*r, k, bias=False)` and a 1x1 `Conv(g*r, out)`, each with the g groups."""
-
-    @staticmethod
-    def factor_specs(layer: dict[str, Any], rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        width = layer["groups"] * rank
-        return {**layer, "out_channels": width, "bias": False}, {**_pointwise(layer), "in_channels": width}
-
-
-class TruncatedSVDConvTranspose(_LowRankLayer, kind="low_rank_conv_transpose"):
-    """`ConvTranspose(in, out, k)` as a 1x1 `Conv(in, g*r, bias=False)` and `ConvTranspose(g*r, out, k)`."""
-
-    @staticmethod
-    def factor_specs(layer: dict[str, Any], rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        width = layer["groups"] * rank
-        pointwise = {**_pointwise(layer), "type": layer["type"].replace("Transpose", ""), "bias": False}
-        return {**pointwise, "out_channels": width}, {**layer, "in_channels": width}
-
-    def set_factors(self, left: Tensor, right: Tensor) -> None:
-        _copy(self.first, left.transpose(1, 2))
-        _copy(self.second, right)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        groups, rank = self.spec["layer"]["groups"], self.spec["rank"]
-        left = weight_of(self.first).reshape(groups, rank, -1).transpose(1, 2)
-        return left, weight_of(self.second).reshape(groups, rank, -1)
-
-
-class TruncatedSVDEmbedding(_LowRankLayer, kind="low_rank_embedding"):
-    """`Embedding(num, dim)` as `Embedding(num, r)` and `Linear(r, dim, bias=False)`."""
-
-    tied_parameters = ("first.weight",)
-
-    @staticmethod
-    def factor_specs(layer: dict[str, Any], rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        second = {"type": "Linear", "in_features": rank, "out_features": layer["embedding_dim"], "bias": False}
-        return {**layer, "embedding_dim": rank}, second
-
-    def set_factors(self, left: Tensor, right: Tensor) -> None:
-        _copy(self.first, left)
-        _copy(self.second, right.transpose(1, 2))
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return weight_of(self.first)[None], weight_of(self.second).T[None]
-
-
-def _pointwise(conv: dict[str, Any]) -> dict[str, Any]:
-    one = [1] * len(conv["kernel_size"])
-    plain = {"kernel_size": one, "stride": one, "padding": 0, "dilation": one, "padding_mode": "zeros"}
-    return {key: value for key, value in {**conv, **plain}.items() if key != "output_padding"}
-
-
-_KINDS: dict[type[nn.Module], type[_LowRankLayer]] = {
-    nn.Linear: TruncatedSVDLinear,
-    nn.Conv1d: TruncatedSVDConv,
-    nn.Conv2d: TruncatedSVDConv,
-    nn.Conv3d: TruncatedSVDConv,
-    nn.ConvTranspose1d: TruncatedSVDConvTranspose,
-    nn.ConvTranspose2d: TruncatedSVDConvTranspose,
-    nn.ConvTranspose3d: TruncatedSVDConvTranspose,
-    nn.Embedding: TruncatedSVDEmbedding,
-}
-
-
-def weight_matrix(layer: nn.Module) -> Tensor:
-    """The weight of an ordinary layer as the matrices that are factorized, `(groups, m, n)`."""
-    return _KINDS[type(layer)].to_matrix(weight_of(layer), getattr(layer, "groups", 1))
-
-
-def factorize(layer: nn.Module, rank: int, factors: Factors | None = None) -> _LowRankLayer:
-    """The low-rank layer that stands for an ordinary layer.
-
-    Args:
-        layer: Linear, Conv, ConvTranspose or Embedding.
-        rank: kept singular values per group; at most the smaller side of the matrix is used.
-        factors: its truncated SVD where it is known already: U (groups, m, r), S (groups, r), Vh (groups, r, n).
-    """
-    rank = min(rank, *weight_matrix(layer).shape[1:])
-    new = CompressedLayer.build(_spec(layer, rank), layer)
-    assert isinstance(new, _LowRankLayer)
-    with torch.no_grad():
-        _fill(new, layer, factors)
-    return new
-
-
-def _spec(layer: nn.Module, rank: int) -> dict[str, Any]:
-    return {"kind": _KINDS[type(layer)].kind, "layer": layer_spec(layer), "rank": rank}
-
-
-def _fill(new: _LowRankLayer, old: nn.Module, factors: Factors | None) -> Tensor:
-    """Balanced factors U sqrt(S) | sqrt(S) V: equally scaled halves fine-tune well; an uneven split diverges.
-
-    Returns the singular values, (groups, r).
-    """
-    u, s, vh = factors or _truncated_svd.truncated_svd(weight_matrix(old), new.spec["rank"])
-    root = s.sqrt()
-    new.set_factors(u * root.unsqueeze(-2), root.unsqueeze(-1) * vh)
-    bias = getattr(old, "bias", None)
-    if bias is not None:
-        new.second.bias = bias  # the same Parameter: ties and optimizer entries stay
-    return s
+log = logging.getLogger(__name__)
 
 
 @CompressionMethodRegistry.register("low_rank")
 class LowRankCompression(TyingMethod):
     """Truncated SVD of Linear, Conv, ConvTranspose and Embedding layers at the start of fit.
 
-    Give at most one of `rank`, `energy` and `param_ratio`; none means `rank=64`. A layer that would not get smaller is
-    left alone, with the reason in the report, and so is one that shares its weight with another layer.
+    Give at most one of `rank`, `energy`, `param_ratio` and `budget`; none means `rank=64`. A layer that would not get
+    smaller, or would need more multiplications, is left alone, with the reason in the report, and so is one that
+    shares its weight with another layer.
+
+    With data the factors have the least error of the layer's outputs on the samples, instead of the least error of its
+    weight, and a bias takes the mean error (embeddings, whose inputs are indices, keep the least error of the weight).
 
     Args:
-        rank: number of singular values kept per layer (per group of a grouped conv), a count.
-        energy: share of each weight's squared Frobenius norm that is kept, in (0, 1]; gives the rank per layer.
+        rank: number of singular values kept per layer (per group of a grouped conv), a count; more than a layer has
+            means all of them. "evbmf" finds the number per layer: those that stand out of the noise of its weight.
+        energy: share of each weight's squared Frobenius norm that is kept, in (0, 1], or with data of its outputs'
+            variance; gives the rank per layer.
         param_ratio: share of each layer's weights that is kept, in (0, 1]; gives the rank per layer.
-        method: how factors are found; `"svd"` is the optimal approximation in the Frobenius norm, and
-            `"factorization"` makes a `FactorizationCompression` with the other options.
+        budget: one bound for all layers together, which gives most to the layers whose loss matters most:
+            `{"params": p}` or `{"macs": p}`, the share of their weights or multiply-accumulates that is kept; or
+            `{"error": e}`, the relative error that is allowed, with as few weights as possible. With data the loss is
+            the error of the model's outputs that each layer causes alone, as it is measured on 64 samples, and the sum
+            over the layers is bounded; without data it is that of the weights, the root mean square over the layers,
+            which is a much poorer guide.
+        round_to: ranks that are found, by whatever but a count, are multiples of this: more for `energy` and "evbmf",
+            fewer for `param_ratio` and `budget`.
+        split: how a convolution is split: "channel" into the same window with fewer outputs and a 1x1 convolution;
+            "spatial" into one along the first and one along the second dimension (2-d windows only; others are split
+            by channel); "auto" takes, with `param_ratio` and `budget`, what loses less, with `energy` what is smaller,
+            and with a `rank` the channel.
+        data_aware: fit the factors to the inputs of the layers, which are measured on samples of the training data.
+            None does so where there are data and no training follows: in `compress_model` with a `train_loader`, not
+            in a Trainer, where plain factors train as well or better.
+        sequential: with data: compress the layers in the order in which they run, and fit each by least squares to
+            what the uncompressed layer gives, from the inputs that the already compressed ones give. Better, and slower
+            by two runs of the model per layer.
+        num_samples: samples of the training data to measure the inputs on.
+        max_statistics_bytes: what the measured moments may take at a time; more than that are measured in several
+            passes.
         factorize_ties: factorizes an embedding and a head that share their weight, too: they go on sharing the large
             factor, of a row for each token, while each has a small one of its own. False leaves them alone.
         retract: keeps the factors, after each optimizer step and with the same product, "balanced" (of equal Gram
             matrices) or "orthonormal" (the rows of the first one); None leaves them to the optimizer.
+        method: how factors are found; `"svd"` is the optimal approximation, and `"factorization"` makes a
+            `FactorizationCompression` with the other options.
         include: glob patterns over module names; only matching layers are changed. None means all.
         exclude: glob patterns over module names; matching layers are left alone.
-        min_saving: least share of a layer's stored bytes that must go, else the layer is left alone; 0 asks nothing.
+        min_saving: least share of a layer's stored bytes that must go, else the layer is left alone; 0 asks nothing,
+            not even fewer multiplications.
 
     Raises:
-        OptionError: two of rank, energy and param_ratio, or a value out of range.
+        OptionError: two of rank, energy, param_ratio and budget, or a value out of range.
 
     References:
         Eckart and Young, "The approximation of one matrix by another of lower rank", 1936.
         Jaderberg et al., "Speeding up Convolutional Neural Networks with Low Rank Expansions", 2014 (scheme 1, by
-        channel).
+        channel; scheme 2, spatial).
+        Wang et al., "SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression",
+        2024; we also correct the mean, and with `sequential` fit the outputs, not the weight.
+        Nakajima et al., "Global analytic solution of fully-observed variational Bayesian matrix factorization", 2013.
 
     >>> LowRankCompression(param_ratio=0.25).plan(nn.Sequential(nn.Linear(64, 32))).layers[0].spec["rank"]
     5
     """
 
-    rank: int | None = None
+    rank: int | Literal["evbmf"] | None = None
     energy: float | None = None
     param_ratio: float | None = None
-    method: Literal["svd", "factorization"] = "svd"
+    budget: dict[str, float] | None = None
+    round_to: int = 1
+    split: Literal["auto", "channel", "spatial"] = "auto"
+    data_aware: bool | None = None
+    sequential: bool = False
+    num_samples: int = 300
+    max_statistics_bytes: int = 2**30
     retract: Literal["balanced", "orthonormal"] | None = None
+    method: Literal["svd", "factorization"] = "svd"
 
     stage = Stage.FACTORIZE
 
     def validate_config(self) -> None:
         super().validate_config()
         name, value = self._target()
-        if name == "rank":
-            check_count(type(self), name, value, low=1)
-        else:
+        if name == "budget":
+            self._check_budget(value)
+        elif name != "rank":
             check_share(type(self), name, value)
+        elif value != "evbmf":
+            check_count(type(self), name, value, low=1)
+        check_count(type(self), "round_to", self.round_to, low=1)
+        check_count(type(self), "num_samples", self.num_samples, low=1)
+        check_count(type(self), "max_statistics_bytes", self.max_statistics_bytes, low=1)
+        if self.sequential and self.data_aware is False:
+            raise OptionError(
+                "LowRankCompression: sequential=True fits layers to data, which data_aware=False forbids. Remove one."
+            )
+
+    def _check_budget(self, budget: dict[str, float]) -> None:
+        if len(budget) != 1 or next(iter(budget)) not in BUDGETS:
+            raise OptionError(
+                f"LowRankCompression: budget has one entry, one of {', '.join(map(repr, BUDGETS))}, e.g. "
+                f'{{"params": 0.5}}; got {budget!r}.'
+            )
+        check_share(type(self), f"budget[{next(iter(budget))!r}]", next(iter(budget.values())))
 
     def _target(self) -> tuple[str, Any]:
-        return one_of(type(self), {"rank": 64}, rank=self.rank, energy=self.energy, param_ratio=self.param_ratio)
+        given = {"rank": self.rank, "energy": self.energy, "param_ratio": self.param_ratio, "budget": self.budget}
+        return one_of(type(self), {"rank": 64}, **given)
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    @property
+    def wanted_samples(self) -> int:
+        return 0 if self.data_aware is False else self.num_samples
+
+    @property
+    def wanted_samples_in_trainer(self) -> int:
+        return self.num_samples if self.needs_samples else 0
+
+    @property
+    def needs_samples(self) -> bool:
+        return self.data_aware is True or self.sequential
+
+    def _usable(self, model: nn.Module, samples: Samples | None) -> Samples | None:
+        """The samples, or None where there are none, or the model does not run on them and need not."""
+        if samples is None:
+            return None
+        try:
+            for _ in run_samples(model, Samples((first_samples(samples.batches[0], 2),), samples.run)):
+                pass
+        except CalibrationError as error:
+            if self.needs_samples:
+                raise
+            log.warning("low_rank goes on without data: %s", error)
+            return None
+        return samples
+
+    def _source(self, model: nn.Module, samples: Samples) -> MomentSource:
+        layers = {name: as_torch(module) for name, module in self._targets(model, [])}
+        names = [name for name, layer in layers.items() if layer is not None and has_moments(layer)]
+        return MomentSource(model, names, samples, self.max_statistics_bytes)
+
+    # -- planning ----------------------------------------------------------------------------------------------------
+
+    def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
+        context = context or CompressionContext(by=self.name)
+        model = split_view(model, context.kept)
+        samples = context.notes["samples"] = self._usable(model, context.samples)
+        if samples is not None:
+            # one process plans; all of them measure again when the plan is applied
+            context.notes["source"] = self._source(model, samples.on_one_process())
+        if self.budget is not None:
+            chosen = self._share_budget(self.budget, model, context, samples)
+            context = replace(context, notes={**context.notes, "chosen": chosen})
+        return with_retraction(super().plan(model, context), self.retract)
+
+    def _share_budget(
+        self, budget: dict[str, float], model: nn.Module, context: CompressionContext, samples: Samples | None
+    ) -> dict[str, LayerPlan]:
+        found: dict[str, list[Candidate]] = {}
+        survey = super().plan(model, replace(context, notes={**context.notes, "offers": found}))
+        layers = {entry.name: as_torch(model.get_submodule(entry.name)) for entry in survey.layers}
+        offers = allowed_offers(layers, found, self.min_saving)
+        if samples is None:
+            weights, positions = dict.fromkeys(offers, 1 / max(len(offers), 1)), dict.fromkeys(offers, 1)
+        else:
+            probes = {name: probe_of(layers[name], own, budget) for name, own in offers.items()}
+            positions = {name: context.notes["source"].counts.get(name, 1) for name in offers}
+            weights = output_weights(model, probes, context.notes["source"].get, samples, context.track)
+        return share_budget(budget, layers, offers, positions, weights)
 
     def plan_layer(self, name: str, layer: nn.Module, context: CompressionContext) -> LayerPlan | Skip:
         if getattr(layer, "max_norm", None) is not None:
             return Skip(name, "its max_norm renormalizes rows, which factors do not have")
+        if "offers" in context.notes:
+            context.notes["offers"][name] = self.candidates(name, layer, context)
+            return LayerPlan(name, low_rank_spec(layer, 1))
+        if "chosen" in context.notes:
+            choice = context.notes["chosen"].get(name)
+            return choice or Skip(name, f"the budget {self.budget} leaves it as it is")
+        kinds = self._kinds(layer)
         target, value = self._target()
-        matrix = weight_matrix(layer)
-        factors = None
-        if target == "energy":
-            factors = _truncated_svd.truncated_svd_by_energy(matrix.detach(), value)
-            rank = factors[1].shape[-1]
-        elif target == "param_ratio":
-            rank = int(value * matrix.numel() / (matrix.shape[0] * (matrix.shape[1] + matrix.shape[2])))
-            if rank < 1:
-                return Skip(name, f"even rank 1 keeps more than {value:.0%} of its weights")
+        options = (target, value, self.round_to, _moments_of(name, context), len(kinds) > 1)
+        choices = [choose(layer, kind, *options) for kind in kinds]
+        found = [choice for choice in choices if isinstance(choice, Choice)]
+        if not found:
+            return Skip(name, str(choices[0]))
+        best = min(found, key=lambda choice: choice.params if target == "energy" else choice.loss)
+        if self.min_saving > 0 and (reason := why_slower(layer, best.kind, best.rank)):
+            return Skip(name, reason)
+        return LayerPlan(name, low_rank_spec(layer, best.rank, best.kind), scratch=best.fit)
+
+    def _kinds(self, layer: nn.Module) -> list[Kind]:
+        """The ways to split a layer that are to be compared."""
+        kinds = kinds_of(layer)
+        if self.split == "spatial":
+            return kinds[-1:]
+        return kinds[:1] if self.split == "channel" or self._target()[0] == "rank" else kinds
+
+    def candidates(self, name: str, module: nn.Module, context: CompressionContext | None) -> list[Candidate]:
+        moments = None if context is None else _moments_of(name, context)
+        found = [offer for kind in self._kinds(module) for offer in offers(module, kind, self.round_to, moments)]
+        return sorted(found, key=lambda candidate: candidate.size_bytes)
+
+    # -- applying ----------------------------------------------------------------------------------------------------
+
+    def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
+        context = context or CompressionContext(by=plan.by)
+        notes = context.notes
+        samples = notes["samples"] if "samples" in notes else self._usable(model, context.samples)
+        if samples is None and self.needs_samples:
+            raise CalibrationError(
+                "low_rank with data_aware=True or sequential=True measures the inputs of the layers: give "
+                "compress_model a train_loader (a loader, a list of batches or a datamodule)."
+            )
+        if samples is None:
+            super().apply(model, plan, context)
+            return
+        split_as_planned(model, plan.splits)
+        notes["singular"], notes["unreached"] = [], []
+        if self.sequential:
+            apply_in_order(super().apply, model, plan, samples, context)
+            tie_factors(model, plan)
         else:
-            rank = value
-        kept = {} if self.retract is None else {"retract": self.retract}
-        return LayerPlan(name, {**_spec(layer, min(rank, *matrix.shape[1:])), **kept}, scratch=factors)
+            if "source" not in notes or is_distributed():
+                notes["source"] = self._source(model, samples)
+            notes["source"].collect_first()
+            super().apply(model, plan, context)
+        self._report_data(plan, context, samples)
+
+    def fill(self, new: LowRankLayer, old: nn.Module, plan: LayerPlan, context: CompressionContext) -> None:
+        moments = _moments_of(plan.name, context)
+        if "source" in context.notes and has_moments(old):
+            if moments is None:
+                context.notes["unreached"].append(plan.name)
+            elif moments.count < moments.second.shape[-1]:
+                context.notes["singular"].append(plan.name)
+        found = plan.scratch or fit_layer(old, type(new), new.spec["rank"], moments)
+        fill_factors(new, old, found.factors)
+        if found.shift is not None:
+            new.second.bias.add_(found.shift)  # type: ignore[operator]
+        # the nearest weight is a projection of W, so ||W - W'||^2 = ||W||^2 - ||S||^2, if that leaves enough digits
+        if moments is None and found.loss > 1e-3:
+            context.errors[plan.name] = found.loss**0.5
 
     def project(self, model: nn.Module, state: dict[str, Any]) -> None:
         if self.retract is not None:
             retract_factors(model)
 
-    def fill(self, new: _LowRankLayer, old: nn.Module, plan: LayerPlan, context: CompressionContext) -> None:
-        kept = _fill(new, old, plan.scratch)
-        # the approximation is a projection of W, so ||W - W'||^2 = ||W||^2 - ||S||^2, if that leaves enough digits
-        norm = torch.linalg.vector_norm(weight_matrix(old).float())
-        lost = float(1 - (torch.linalg.vector_norm(kept.float()) / norm.clamp_min(1e-30)) ** 2)
-        if lost > 1e-3:
-            context.errors[plan.name] = lost**0.5
+    def _report_data(self, plan: CompressionPlan, context: CompressionContext, samples: Samples) -> None:
+        source, notes = context.notes.get("source"), context.notes
+        passes = f" in {source.passes} passes (max_statistics_bytes)" if source and source.passes > 1 else ""
+        log.info("low_rank has fitted layers to their inputs in %d samples%s.", samples.count, passes)
+        if notes["unreached"]:
+            log.warning(
+                "The samples never reach %s: factors of the least weight error instead.", ", ".join(notes["unreached"])
+            )
+        if notes["singular"]:
+            log.warning(
+                "%d layers (%s) were seen at fewer positions than they have inputs: their moments are singular, and "
+                "what the samples do not show is kept by the weights alone (damping). Raise num_samples=%d, or give "
+                "more data.",
+                len(notes["singular"]),
+                ", ".join(notes["singular"][:5]) + ("" if len(notes["singular"]) <= 5 else ", ..."),
+                self.num_samples,
+            )
 
-    def candidates(self, name: str, module: nn.Module, context: CompressionContext) -> list[Candidate]:
-        matrix = weight_matrix(module).detach()
-        squares = _truncated_svd.singular_values(matrix).double().square()
-        kept = (squares.cumsum(-1).sum(0) / squares.sum().clamp_min(1e-300)).clamp_max(1)
-        per_rank = matrix.shape[0] * (matrix.shape[1] + matrix.shape[2])
-        top = matrix.numel() // per_rank
-        ranks = sorted({max(1, round(top * step / 16)) for step in range(1, 17)})
-        size = matrix.element_size()
-        return [
-            Candidate({"rank": r}, r * per_rank * size, r * per_rank, max(0.0, 1 - float(kept[r - 1])))
-            for r in ranks
-            if r <= kept.numel()
-        ]
+
+def _moments_of(name: str, context: CompressionContext) -> InputMoments | None:
+    source = context.notes.get("source")
+    return None if source is None else source.get(name)

@@ -1,0 +1,243 @@
+"""First and second moments of what the weights of layers are multiplied with, collected within a bound on memory."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pquant_lightning.core.calibration import Samples, reduced, visit_inputs
+from pquant_lightning.core.errors import CalibrationError
+from pquant_lightning.core.layer_adapter import as_torch
+
+log = logging.getLogger(__name__)
+
+_MAX_ROWS = 2**22  # numbers that the windows of a convolution take at a time: 16 MiB
+
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass
+class InputMoments:
+    """Means over all positions of all samples of the vectors x that the weight of a layer is multiplied with.
+
+    With a reference model, x' is what the same layer receives there.
+
+    Attributes:
+        count: positions.
+        mean: `(groups, n)`, of x.
+        second: `(groups, n, n)`, of x x^T.
+        reference_mean: `(groups, n)`, of x'; None without a reference.
+        cross: `(groups, n, n)`, of (x' - x) x^T; None without a reference.
+    """
+
+    count: int
+    mean: Tensor
+    second: Tensor
+    reference_mean: Tensor | None = None
+    cross: Tensor | None = None
+
+
+def input_rows(layer: Any, x: Tensor) -> Tensor:
+    """What the weight of an ordinary layer is multiplied with at each position of its input, `(groups, positions, n)`.
+
+    For Linear n is the number of inputs; for a convolution the inputs of a group times the window, in the order of
+    the weight; for a transposed convolution the inputs of a group alone, as each is multiplied with the whole window.
+
+    >>> input_rows(nn.Conv2d(4, 8, 3, padding=1, groups=2), torch.zeros(5, 4, 6, 7)).shape
+    torch.Size([2, 210, 18])
+    """
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    spatial = len(layer.kernel_size)
+    if x.dim() == spatial + 1:
+        x = x.unsqueeze(0)
+    if not isinstance(layer, _CONV_TRANSPOSE):
+        x = F.pad(x, _margins(layer), "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+        for dim, (size, stride, step) in enumerate(
+            zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
+        ):
+            x = x.unfold(dim, step * (size - 1) + 1, stride)[..., ::step]
+    positions = range(2, 2 + spatial)
+    x = x.permute(0, *positions, 1, *range(2 + spatial, x.dim()))  # (N, *positions, channels, *window)
+    return x.reshape(x.shape[: 1 + spatial].numel(), layer.groups, -1).transpose(0, 1)
+
+
+def _margins(conv: Any) -> list[int]:
+    """What is padded on both sides of each dimension, the last one first."""
+    margins: list[int] = []
+    for dim in reversed(range(len(conv.kernel_size))):
+        if conv.padding == "same":
+            whole = conv.dilation[dim] * (conv.kernel_size[dim] - 1)
+            margins += [whole // 2, whole - whole // 2]
+        else:
+            margins += [0, 0] if conv.padding == "valid" else [conv.padding[dim]] * 2
+    return margins
+
+
+def has_moments(layer: nn.Module) -> bool:
+    """Whether an ordinary layer multiplies floating-point inputs with its weight."""
+    return isinstance(layer, (nn.Linear, *_CONV, *_CONV_TRANSPOSE))
+
+
+def moment_size(layer: Any) -> tuple[int, int]:
+    """`(groups, n)` of a layer's moments."""
+    if isinstance(layer, nn.Linear):
+        return 1, layer.in_features
+    window = 1 if isinstance(layer, _CONV_TRANSPOSE) else torch.Size(layer.kernel_size).numel()
+    return layer.groups, layer.in_channels // layer.groups * window
+
+
+class _Sums:
+    """The sums behind `InputMoments`, in float32 (float64 where the inputs are)."""
+
+    def __init__(self, name: str, layer: nn.Module, paired: bool) -> None:
+        self.name, self.layer, self.paired = name, layer, paired
+        self.count = 0
+        self.sums: list[Tensor] = []  # of x and x x^T, and where paired of x' and (x' - x) x^T
+
+    def add(self, x: Tensor, reference: Tensor | None = None) -> None:
+        if not isinstance(self.layer, _CONV):
+            self._add_rows(self._rows(x), None if reference is None else self._rows(reference).to(x.device))
+            return
+        window, unbatched = torch.Size(self.layer.kernel_size), x.dim() == len(self.layer.kernel_size) + 1
+        if unbatched:
+            x, reference = x.unsqueeze(0), None if reference is None else reference.unsqueeze(0)
+        share = max(_MAX_ROWS // (x[0].numel() * window.numel()), 1)
+        for start in range(0, len(x), share):
+            part = slice(start, start + share)
+            other = None if reference is None else self._rows(reference[part]).to(x.device)
+            self._add_rows(self._rows(x[part]), other)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return input_rows(self.layer, x if x.dtype == torch.float64 else x.float())
+
+    def _add_rows(self, rows: Tensor, other: Tensor | None) -> None:
+        groups, positions, n = rows.shape
+        if not self.sums:
+            empty = [rows.new_zeros(groups, n), rows.new_zeros(groups, n, n)]
+            self.sums = [*empty, *(torch.zeros_like(total) for total in empty if self.paired)]
+        self.count += positions
+        self.sums[0] += rows.sum(1)
+        self.sums[1].baddbmm_(rows.mT, rows)
+        if other is not None:
+            self.sums[2] += other.sum(1)
+            self.sums[3].baddbmm_((other - rows).mT, rows)
+
+    def moments(self, samples: Samples) -> InputMoments:
+        if not all(total.isfinite().all() for total in self.sums):
+            raise CalibrationError(
+                f"The inputs of layer {self.name!r} hold NaN or infinite values in calibration. Look at the data and "
+                "the weights; a model that gives NaN cannot be calibrated."
+            )
+        count = int(reduced(torch.tensor(self.count, device=self.sums[0].device), samples))
+        return InputMoments(count, *(reduced(total, samples).div_(count) for total in self.sums))
+
+
+def collect_moments(
+    model: nn.Module, names: Sequence[str], samples: Samples, reference: nn.Module | None = None
+) -> dict[str, InputMoments]:
+    """Moments of the inputs of the named layers, in one pass over the samples.
+
+    Args:
+        model: holds the layers.
+        names: of ordinary layers, or of a user's with an adapter.
+        samples: what it is run on; in a distributed run every process calls this with samples of its own.
+        reference: a twin of the model with the same layers, whose inputs these are to be compared with; it is run
+            batch by batch beside the model.
+
+    Returns:
+        Moments by layer name; layers that receive nothing (or no floating-point tensor) are missing.
+
+    Raises:
+        CalibrationError: a layer receives values that are not finite, or the model cannot be run.
+    """
+    found: dict[str, _Sums] = {}
+
+    def sums_of(name: str) -> _Sums:
+        if name not in found:
+            found[name] = _Sums(name, _ordinary(model, name), reference is not None)
+        return found[name]
+
+    if reference is None:
+        visit_inputs(model, names, samples, lambda name, x: sums_of(name).add(x))
+    else:
+        for batch in samples.batches:
+            one = Samples((batch,), samples.run, samples.reduce)
+            expected: dict[str, list[Tensor]] = {name: [] for name in names}
+            visit_inputs(reference, names, one, partial(_keep, expected))
+            visit_inputs(model, names, one, lambda name, x: sums_of(name).add(x, expected[name].pop(0)))  # noqa: B023
+    return {name: sums.moments(samples) for name, sums in found.items()}
+
+
+def _keep(kept: dict[str, list[Tensor]], name: str, x: Tensor) -> None:
+    kept[name].append(x)
+
+
+def _ordinary(model: nn.Module, name: str) -> nn.Module:
+    layer = as_torch(model.get_submodule(name))
+    assert layer is not None, name
+    return layer
+
+
+class MomentSource:
+    """Moments of many layers, collected when they are asked for: all in one pass where they fit, else part by part.
+
+    Args:
+        model: holds the layers; parts that are collected later see the model as it is then.
+        names: of the layers, in the order in which they will be asked for.
+        samples: what the model is run on.
+        max_bytes: what the moments held at one time may take; a single layer is always held.
+
+    Attributes:
+        passes: over the samples so far.
+        counts: positions at which each layer was seen.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], samples: Samples, max_bytes: int) -> None:
+        self.model, self.samples = model, samples
+        self.parts = list(_parts(model, names, max_bytes))
+        self.passes = 0
+        self.counts: dict[str, int] = {}
+        self._part: list[str] = []
+        self._held: dict[str, InputMoments] = {}
+
+    def collect_first(self) -> None:
+        """Collects the first part now, before the model is changed."""
+        if self.parts and self._part != self.parts[0]:
+            self._collect(self.parts[0])
+
+    def get(self, name: str) -> InputMoments | None:
+        """The moments of one layer; None where it is not among the names or was not reached by the samples."""
+        if name not in self._part:
+            part = next((part for part in self.parts if name in part), None)
+            if part is None:
+                return None
+            self._collect(part)
+        return self._held.get(name)
+
+    def _collect(self, part: list[str]) -> None:
+        self._held = {}  # before the new ones take its memory
+        self._part, self._held = part, collect_moments(self.model, part, self.samples)
+        self.passes += 1
+        self.counts.update({own: found.count for own, found in self._held.items()})
+
+
+def _parts(model: nn.Module, names: Sequence[str], max_bytes: int) -> Iterator[list[str]]:
+    part: list[str] = []
+    held = 0
+    for name in names:
+        groups, n = moment_size(_ordinary(model, name))
+        size = 4 * groups * n * (n + 1)
+        if part and held + size > max_bytes:
+            yield part
+            part, held = [], 0
+        part.append(name)
+        held += size
+    if part:
+        yield part

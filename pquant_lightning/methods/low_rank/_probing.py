@@ -1,0 +1,92 @@
+"""How much the model's outputs suffer where one layer alone is factorized: what a shared budget must know."""
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pquant_lightning.core.calibration import Samples, first_samples, run_samples
+from pquant_lightning.core.deploy import share_copy
+from pquant_lightning.core.graph import tensors_in
+from pquant_lightning.core.layer_adapter import as_torch
+from pquant_lightning.core.moments import InputMoments
+from pquant_lightning.core.plan import Candidate
+from pquant_lightning.core.surgery import replace_layer
+from pquant_lightning.methods.low_rank._fitting import fit_layer
+from pquant_lightning.methods.low_rank._layers import find_low_rank_kind
+
+PROBE_SAMPLES = 64
+"""Samples, spread over the batches, on which the model is run once per layer."""
+
+
+def output_weights(
+    model: nn.Module,
+    probes: Mapping[str, Candidate],
+    moments_of: Callable[[str], InputMoments | None],
+    samples: Samples,
+    track: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> dict[str, float]:
+    """By which factor the loss of a layer comes out of the model, measured layer by layer; the model is not changed.
+
+    The outputs' error counts as ||o' - o||^2 / ||o - mean o||^2 with the mean over samples, averaged over what the
+    model gives out.
+
+    Args:
+        model: uncompressed.
+        probes: the choice with which each layer is tried.
+        moments_of: the moments of a layer's inputs.
+        samples: what the model is run on.
+        track: shows progress.
+
+    Returns:
+        The outputs' error / the layer's loss, by layer name.
+    """
+    share = -(-PROBE_SAMPLES // len(samples.batches))
+    few = Samples(tuple(first_samples(batch, share) for batch in samples.batches), samples.run)
+    twin = share_copy(model)
+    expected = _outputs(twin, few)
+    variances = [sum(map(_variation, tensors)) for tensors in expected]
+    weights = {}
+    for name, probe in track(list(probes.items()), "low_rank: measuring"):
+        original = twin.get_submodule(name)
+        replace_layer(twin, name, _approximated(original, probe, moments_of(name)))
+        errors = [
+            sum(float((given - wanted).square().sum()) for given, wanted in zip(givens, tensors, strict=True))
+            / variance
+            for givens, tensors, variance in zip(_outputs(twin, few), expected, variances, strict=True)
+            if variance > 0
+        ]
+        replace_layer(twin, name, original)
+        weights[name] = sum(errors) / max(len(errors), 1) / max(probe.loss, 1e-12)
+    return weights
+
+
+def _outputs(model: nn.Module, samples: Samples) -> list[list[Tensor]]:
+    """Of each floating-point tensor that the model gives out, its values in all batches."""
+    batches = [
+        [tensor.float() for tensor in tensors_in(output) if tensor.is_floating_point()]
+        for output in run_samples(model, samples)
+    ]
+    return [list(tensors) for tensors in zip(*batches, strict=True)]
+
+
+def _variation(tensor: Tensor) -> float:
+    """||o - mean o||^2 as if the mean over samples were known exactly; over everything where there is one sample."""
+    if tensor.dim() == 0 or len(tensor) < 2:
+        return float((tensor - tensor.mean()).square().sum())
+    return float(tensor.var(0).sum()) * len(tensor)
+
+
+def _approximated(module: nn.Module, probe: Candidate, moments: InputMoments | None) -> nn.Module:
+    """The layer with its low-rank weight as a dense one."""
+    layer: Any = as_torch(module)
+    kind = find_low_rank_kind(probe.options["kind"])
+    (u, s, vh), shift, _ = fit_layer(layer, kind, probe.options["rank"], moments)
+    twin = deepcopy(layer)
+    with torch.no_grad():
+        twin.weight.copy_(kind.from_matrix((u * s.unsqueeze(-2)) @ vh, twin.weight.shape, len(u)))
+        if shift is not None:
+            twin.bias.add_(shift)
+    return twin
