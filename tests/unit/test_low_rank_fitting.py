@@ -167,7 +167,7 @@ class TestSpatial:
         layer = self.layer(groups=2)
         matrix = weight_matrix(layer, TruncatedSVDSpatialConv)
         assert matrix.shape == (2, 4 * 2, 3 * 3)
-        assert torch.equal(TruncatedSVDSpatialConv.from_matrix(matrix, layer.weight.shape, 2), layer.weight)
+        assert torch.equal(TruncatedSVDSpatialConv.from_matrix(matrix, layer.kernel_size), layer.weight)
 
     @pytest.mark.parametrize(
         "options",

@@ -222,7 +222,7 @@ def fit(layer: nn.Module, kind: Kind, rank: int, moments: InputMoments) -> Fit:
     if bias is None:
         return Fit(factors, None, loss)
     u, s, vh = factors
-    after = kind.from_matrix((u * s.unsqueeze(-2)) @ vh, weight.shape, groups).reshape(rows.shape)
+    after = kind.from_matrix((u * s.unsqueeze(-2)) @ vh, tuple(weight.shape[2:])).reshape(rows.shape)
     return Fit(factors, mean_shift(rows, after, moments), loss)
 
 
@@ -239,7 +239,7 @@ def _fit_spatial(
     if rank < min(matrix.shape[1:]):
         factors = refit_across(wanted, factors, moment, width)
     u, s, vh = factors
-    after = kind.from_matrix((u * s.unsqueeze(-2)) @ vh, shape, groups).reshape(rows.shape)
+    after = kind.from_matrix((u * s.unsqueeze(-2)) @ vh, tuple(shape[2:])).reshape(rows.shape)
     return factors, energy(wanted - after, moment) / max(energy(wanted, moment), 1e-300)
 
 

@@ -86,7 +86,7 @@ def _approximated(module: nn.Module, probe: Candidate, moments: InputMoments | N
     (u, s, vh), shift, _ = fit_layer(layer, kind, probe.options["rank"], moments)
     twin = deepcopy(layer)
     with torch.no_grad():
-        twin.weight.copy_(kind.from_matrix((u * s.unsqueeze(-2)) @ vh, twin.weight.shape, len(u)))
+        twin.weight.copy_(kind.from_matrix((u * s.unsqueeze(-2)) @ vh, tuple(twin.weight.shape[2:])))
         if shift is not None:
             twin.bias.add_(shift)
     return twin
