@@ -25,6 +25,7 @@ from digits import DigitsClassifier, DigitsConvNet, DigitsDataModule, DigitsMLP,
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from pquant_lightning import (
+    FactorizationCallback,
     LoRACallback,
     LowRankCallback,
     PruningCallback,
@@ -62,6 +63,11 @@ def low_rank(network: Network, **options: Any) -> Callback:
     return LowRankCallback(**(options or {"param_ratio": 0.25}), exclude=list(network.keep_dense))
 
 
+def factorization(network: Network, kind: str) -> Callback:
+    """Every other layer keeps a tenth of its weights."""
+    return FactorizationCallback(kind=kind, param_ratio=0.1, exclude=list(network.keep_dense))
+
+
 def pruning(sparsity: float) -> Callback:
     """That share of all weights is zero; the gradients of the training say which."""
     return PruningCallback(sparsity=sparsity, criterion="snip", include=["*"])
@@ -81,6 +87,9 @@ METHODS: dict[str, Method] = {
     "low_rank": Method("low rank, 25 %", lambda network: [low_rank(network)]),
     "low_rank10": Method("low rank, 10 %", lambda network: [low_rank(network, param_ratio=0.1)]),
     "low_rank10shared": Method("low rank, 10 %, shared", lambda network: [low_rank(network, budget={"params": 0.1})]),
+    "sparse_low_rank10": Method(
+        "sparse plus low rank, 10 %", lambda network: [factorization(network, "sparse_low_rank")]
+    ),
     "qat8": Method("QAT, 8 bit", lambda network: [QATCallback(bits=8)]),
     "qat4": Method("QAT, 4-bit weights", lambda network: [QATCallback(weight_bits=4, act_bits=8)]),
     "qat2": Method("QAT, 2-bit weights", lambda network: [QATCallback(weight_bits=2, act_bits=8)]),

@@ -53,9 +53,8 @@ def _kept(model, original):
 
 
 def _ranks(model):
-    return {
-        name: module.spec["rank"] for name, module in model.named_modules() if "rank" in getattr(module, "spec", {})
-    }
+    specs = {name: getattr(module, "spec", {}) for name, module in model.named_modules()}
+    return {name: spec["rank"] for name, spec in specs.items() if "rank" in spec}
 
 
 class TestData:
