@@ -35,8 +35,8 @@ FLOORS = {  # first part of a module's name inside the package -> floor
     "utils": 1,
 }
 WITH_LIGHTNING = ("callbacks", "pipelines", "cli", "api")
-OPTIONAL = ("tensorflow", "jax", "onnx", "onnxruntime", "matplotlib", "sklearn", "peft")
-LATER_METHODS = ("factorization lora tensor_train tucker cp mixed_precision structured_pruning tensor_network").split()
+OPTIONAL = ("tensorflow", "jax", "onnx", "onnxruntime", "matplotlib", "sklearn", "peft", "tensorly", "tltorch")
+LATER_METHODS = ("factorization lora mixed_precision structured_pruning").split()
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,9 @@ PUBLIC = (
     "LowRankCallback QATCallback CompressionCallback compress_model finalize save_compressed load_compressed "
     "compression_report prepare CompressedModule CompressionMethod LayerMethod CompressedLayer "
     "CompressionMethodRegistry LayerAdapter register_adapter ConfigManager LowRankCompression QATCompression "
-    "PTQCallback PTQCompression QuantizationCompression PruningCallback UnstructuredPruning PruningCompression"
+    "PTQCallback PTQCompression QuantizationCompression PruningCallback UnstructuredPruning PruningCompression "
+    "TensorTrainCallback TensorTrainCompression TuckerCallback TuckerCompression CPCallback CPCompression "
+    "TensorNetworkCompression"
 ).split()
 
 

@@ -18,9 +18,12 @@ from pquant_lightning import (
     CompressionMethod,
     CompressionMethodRegistry,
     CompressionPlan,
+    CPCallback,
     LowRankCallback,
     PTQCallback,
     QATCallback,
+    TensorTrainCallback,
+    TuckerCallback,
 )
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext
@@ -39,6 +42,7 @@ class MethodRows:
         lossless: options that keep the output, up to `tolerance` (relative).
         tolerance: of `lossless`.
         ladder: options from coarse to fine; the error falls along them.
+        models: keys of `MODELS` on which it is tried, each with layers for it; None means all.
     """
 
     callback: Callable[..., Callback]
@@ -46,6 +50,10 @@ class MethodRows:
     lossless: Options
     tolerance: float
     ladder: tuple[Options, ...]
+    models: tuple[str, ...] | None = None
+
+    def takes(self, model: str) -> bool:
+        return self.models is None or model in self.models
 
 
 TABLE: dict[str, MethodRows] = {
@@ -70,13 +78,37 @@ TABLE: dict[str, MethodRows] = {
         tolerance=0.02,
         ladder=tuple({"bits": bits, "min_saving": 0.0} for bits in (2, 4, 8)),
     ),
+    "tensor_train": MethodRows(
+        TensorTrainCallback,
+        rows=({"rank": 2}, {"max_error": 0.85}),
+        lossless={"rank": 10_000, "min_saving": 0.0},
+        tolerance=1e-4,
+        ladder=tuple({"rank": rank, "min_saving": 0.0} for rank in (1, 3, 9)),
+        models=("mlp", "conv_net", "transformer"),
+    ),
+    "tucker": MethodRows(
+        TuckerCallback,
+        rows=({"rank": 2}, {"param_ratio": 0.4}),
+        lossless={"rank": 10_000, "min_saving": 0.0},
+        tolerance=1e-4,
+        ladder=tuple({"rank": rank, "min_saving": 0.0} for rank in (1, 3, 6)),
+        models=("conv_net",),
+    ),
+    "cp": MethodRows(
+        CPCallback,
+        rows=({"rank": 4},),
+        lossless={"rank": 10_000, "min_saving": 0.0},
+        tolerance=1e-4,
+        ladder=tuple({"rank": rank, "min_saving": 0.0} for rank in (1, 8, 64)),
+        models=("mlp", "conv_net"),
+    ),
 }
 
 
 def registered_methods() -> list[str]:
     """Names of the package's own methods that leave layers of their own; toys and installed plug-ins are left out."""
     registry = CompressionMethodRegistry
-    families = {"quantization", "pruning"}  # names of configurations that make one of the methods
+    families = {"quantization", "pruning", "tensor_network"}  # names of configurations that make one of the methods
     without_layers = {"unstructured_pruning"}  # tests/integration/test_pruning.py
     names = [name for name in registry.list_available() if name not in families | without_layers]
     return [n for n in names if registry.get_class(n).__module__.startswith("pquant_lightning.")]
@@ -111,12 +143,15 @@ def _label(name: str, options: Options) -> str:
 def _rows(model: str, first_only: bool = False) -> list[Case]:
     cases = []
     for name, method in TABLE.items():
+        if not method.takes(model):
+            continue
         for options in method.rows[:1] if first_only else method.rows:
             cases.append(Case(model, (partial(method.callback, **options),), _label(name, options)))
     return cases
 
 
 LOW_RANK_THEN_QAT = (partial(LowRankCallback, rank=2), partial(QATCallback, bits=8))
+TENSOR_TRAIN_THEN_QAT = (partial(TensorTrainCallback, rank=2), partial(QATCallback, bits=8))
 _NAMED = (
     partial(LowRankCallback, rank=2, include=["fc1"], name="first"),
     partial(LowRankCallback, energy=0.7, include=["fc2"], name="second"),
@@ -141,6 +176,8 @@ CASES = [
     *STACKS,
     *(case for model in OTHER_MODELS for case in _rows(model, first_only=True)),
     *(Case(model, LOW_RANK_THEN_QAT, "low_rank+qat") for model in OTHER_MODELS),
+    Case("mlp", TENSOR_TRAIN_THEN_QAT, "tensor_train+qat"),
+    Case("conv_net", (partial(TuckerCallback, rank=2), partial(QATCallback, bits=8)), "tucker+qat"),
 ]
 """For what costs more: every row and stack on the MLP, one row of each method and one stack on the other models."""
 
@@ -152,7 +189,7 @@ def over(cases: list[Case]) -> Any:
 
 def over_methods() -> Any:
     """Parametrises a test with `name`, a key of `TABLE`, and `model`, a key of `MODELS`."""
-    pairs = [(name, model) for name in TABLE for model in MODELS]
+    pairs = [(name, model) for name in TABLE for model in MODELS if TABLE[name].takes(model)]
     return pytest.mark.parametrize(("name", "model"), pairs, ids=[f"{model}-{name}" for name, model in pairs])
 
 

@@ -35,6 +35,13 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("conv2d", "low_rank", {"rank": 2}),
     ("conv_transpose2d", "low_rank", {"rank": 2}),
     ("embedding", "low_rank", {"rank": 4}),
+    ("linear", "tensor_train", {"rank": 3}),
+    ("embedding", "tensor_train", {"rank": 3}),
+    ("conv2d", "tensor_train", {"rank": 1}),
+    ("conv2d", "tucker", {"rank": 2, "min_saving": 0.0}),
+    ("conv_transpose2d", "tucker", {"rank": 2}),
+    ("linear", "cp", {"rank": 4}),
+    ("conv2d", "cp", {"rank": 2, "min_saving": 0.0}),
 ]
 
 
