@@ -16,6 +16,7 @@ from pquant_lightning.callbacks.lora import LoRACallback
 from pquant_lightning.callbacks.low_rank import FactorizationCallback, LowRankCallback
 from pquant_lightning.callbacks.pruning import PruningCallback, StructuredPruningCallback
 from pquant_lightning.callbacks.quantization import PTQCallback, QATCallback
+from pquant_lightning.callbacks.tensor_networks import CPCallback, TensorTrainCallback, TuckerCallback
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compressed_layer import CompressedLayer
 from pquant_lightning.core.compression_method import CompressionMethod, LayerMethod
@@ -35,10 +36,16 @@ from pquant_lightning.methods.pruning.unstructured import UnstructuredPruning
 from pquant_lightning.methods.quantization.family import QuantizationCompression
 from pquant_lightning.methods.quantization.ptq import PTQCompression
 from pquant_lightning.methods.quantization.qat import QATCompression
+from pquant_lightning.methods.tensor_networks.cp import CPCompression
+from pquant_lightning.methods.tensor_networks.family import TensorNetworkCompression
+from pquant_lightning.methods.tensor_networks.tensor_train import TensorTrainCompression
+from pquant_lightning.methods.tensor_networks.tucker import TuckerCompression
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CPCallback",
+    "CPCompression",
     "CompressedLayer",
     "CompressedModule",
     "CompressionCallback",
@@ -65,6 +72,11 @@ __all__ = [
     "QuantizationCompression",
     "StructuredPruning",
     "StructuredPruningCallback",
+    "TensorNetworkCompression",
+    "TensorTrainCallback",
+    "TensorTrainCompression",
+    "TuckerCallback",
+    "TuckerCompression",
     "UnstructuredPruning",
     "add_proximal_step",
     "compress_model",

@@ -35,8 +35,8 @@ FLOORS = {  # first part of a module's name inside the package -> floor
     "utils": 1,
 }
 WITH_LIGHTNING = ("callbacks", "pipelines", "cli", "api")
-OPTIONAL = ("tensorflow", "jax", "onnx", "onnxruntime", "matplotlib", "sklearn", "peft", "transformers")
-LATER_METHODS = "tensor_train tucker cp mixed_precision tensor_network".split()
+OPTIONAL = ("tensorflow jax onnx onnxruntime matplotlib sklearn peft transformers tensorly tltorch").split()
+LATER_METHODS = ["mixed_precision"]
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,9 @@ PUBLIC = (
     "PTQCallback PTQCompression QuantizationCompression PruningCallback UnstructuredPruning PruningCompression "
     "StructuredPruningCallback StructuredPruning "
     "FactorizationCallback FactorizationCompression add_proximal_step "
-    "LoRACallback LoRACompression merge_lora unmerge_lora save_adapter load_adapter"
+    "LoRACallback LoRACompression merge_lora unmerge_lora save_adapter load_adapter "
+    "TensorTrainCallback TensorTrainCompression TuckerCallback TuckerCompression CPCallback CPCompression "
+    "TensorNetworkCompression"
 ).split()
 
 

@@ -27,6 +27,9 @@ MODULE_TABLE = "_modules"
 # torch 2.13: the tensor that a tensor is a view of
 TENSOR_BASE = "_base"
 
+# torch 2.13: how often a tensor has been written to in place
+TENSOR_VERSION = "_version"
+
 # torch 2.13, torch/nn/modules/module.py and conv.py: methods that our layers override or call where they stand
 LAYER_METHODS = ("_apply", "_load_from_state_dict", "_conv_forward", "_output_padding")
 

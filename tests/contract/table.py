@@ -18,11 +18,14 @@ from pquant_lightning import (
     CompressionMethod,
     CompressionMethodRegistry,
     CompressionPlan,
+    CPCallback,
     FactorizationCallback,
     LoRACallback,
     LowRankCallback,
     PTQCallback,
     QATCallback,
+    TensorTrainCallback,
+    TuckerCallback,
 )
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext
@@ -43,6 +46,7 @@ class MethodRows:
         tolerance: of `lossless`.
         ladder: options from coarse to fine; the error falls along them. Empty where nothing changes at the start.
         merges: its deployed layers are ordinary ones again, as large as before.
+        models: keys of `MODELS` on which it is tried, each with layers for it; None means all.
     """
 
     callback: Callable[..., Callback]
@@ -51,6 +55,10 @@ class MethodRows:
     tolerance: float
     ladder: tuple[Options, ...]
     merges: bool = False
+    models: tuple[str, ...] | None = None
+
+    def takes(self, model: str) -> bool:
+        return self.models is None or model in self.models
 
 
 TABLE: dict[str, MethodRows] = {
@@ -102,13 +110,37 @@ TABLE: dict[str, MethodRows] = {
         ladder=(),
         merges=True,
     ),
+    "tensor_train": MethodRows(
+        TensorTrainCallback,
+        rows=({"rank": 2}, {"max_error": 0.85}),
+        lossless={"rank": 10_000, "min_saving": 0.0},
+        tolerance=1e-4,
+        ladder=tuple({"rank": rank, "min_saving": 0.0} for rank in (1, 3, 9)),
+        models=("mlp", "conv_net", "transformer"),
+    ),
+    "tucker": MethodRows(
+        TuckerCallback,
+        rows=({"rank": 2}, {"param_ratio": 0.4}),
+        lossless={"rank": 10_000, "min_saving": 0.0},
+        tolerance=1e-4,
+        ladder=tuple({"rank": rank, "min_saving": 0.0} for rank in (1, 3, 6)),
+        models=("conv_net",),
+    ),
+    "cp": MethodRows(
+        CPCallback,
+        rows=({"rank": 4},),
+        lossless={"rank": 10_000, "min_saving": 0.0},
+        tolerance=1e-4,
+        ladder=tuple({"rank": rank, "min_saving": 0.0} for rank in (1, 8, 64)),
+        models=("mlp", "conv_net"),
+    ),
 }
 
 
 def registered_methods() -> list[str]:
     """Names of the package's own methods that leave layers of their own; toys and installed plug-ins are left out."""
     registry = CompressionMethodRegistry
-    families = {"quantization", "pruning"}  # names of configurations that make one of the methods
+    families = {"quantization", "pruning", "tensor_network"}  # names of configurations that make one of the methods
     # one leaves no layers, the other changes sizes of many: tests/integration/test_pruning.py, test_structured_*.py
     without_layers = {"unstructured_pruning", "structured_pruning"}
     names = [name for name in registry.list_available() if name not in families | without_layers]
@@ -149,12 +181,15 @@ def _label(name: str, options: Options) -> str:
 def _rows(model: str, first_only: bool = False) -> list[Case]:
     cases = []
     for name, method in TABLE.items():
+        if not method.takes(model):
+            continue
         for options in method.rows[:1] if first_only else method.rows:
             cases.append(Case(model, (partial(method.callback, **options),), _label(name, options)))
     return cases
 
 
 LOW_RANK_THEN_QAT = (partial(LowRankCallback, rank=2), partial(QATCallback, bits=8))
+TENSOR_TRAIN_THEN_QAT = (partial(TensorTrainCallback, rank=2), partial(QATCallback, bits=8))
 _NAMED = (
     partial(LowRankCallback, rank=2, include=["fc1"], name="first"),
     partial(LowRankCallback, energy=0.7, include=["fc2"], name="second"),
@@ -181,6 +216,8 @@ CASES = [
     *STACKS,
     *(case for model in OTHER_MODELS for case in _rows(model, first_only=True)),
     *(Case(model, LOW_RANK_THEN_QAT, "low_rank+qat") for model in OTHER_MODELS),
+    Case("mlp", TENSOR_TRAIN_THEN_QAT, "tensor_train+qat"),
+    Case("conv_net", (partial(TuckerCallback, rank=2), partial(QATCallback, bits=8)), "tucker+qat"),
 ]
 """For what costs more: every row and stack on the MLP, one row of each method and one stack on the other models."""
 
@@ -192,7 +229,8 @@ def over(cases: list[Case]) -> Any:
 
 def over_methods(with_ladder: bool = False) -> Any:
     """Parametrises a test with `name`, a key of `TABLE`, and `model`, a key of `MODELS`."""
-    pairs = [(name, model) for name in TABLE for model in MODELS if TABLE[name].ladder or not with_ladder]
+    chosen = [name for name, rows in TABLE.items() if rows.ladder or not with_ladder]
+    pairs = [(name, model) for name in chosen for model in MODELS if TABLE[name].takes(model)]
     return pytest.mark.parametrize(("name", "model"), pairs, ids=[f"{model}-{name}" for name, model in pairs])
 
 

@@ -46,6 +46,13 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("linear", "lora on integers", {"r": 4}),
     ("conv2d", "lora on integers", {"r": 4, "use_dora": True}),
     ("embedding", "lora on integers", {"r": 4, "init": "pissa"}),
+    ("linear", "tensor_train", {"rank": 3}),
+    ("embedding", "tensor_train", {"rank": 3}),
+    ("conv2d", "tensor_train", {"rank": 1}),
+    ("conv2d", "tucker", {"rank": 2, "min_saving": 0.0}),
+    ("conv_transpose2d", "tucker", {"rank": 2}),
+    ("linear", "cp", {"rank": 4}),
+    ("conv2d", "cp", {"rank": 2, "min_saving": 0.0}),
 ]
 
 

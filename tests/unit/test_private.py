@@ -19,6 +19,7 @@ from pquant_lightning.core._private import (
     MODULE_HOOKS,
     MODULE_TABLE,
     TENSOR_TABLES,
+    TENSOR_VERSION,
     DispatchMode,
     launches_copies,
     resume_path,
@@ -32,6 +33,14 @@ from tests.models import MLP
 def test_every_module_has_the_table(table):
     assert isinstance(nn.Module().__dict__[table], dict)
     assert isinstance(nn.LSTM(1, 1).__dict__[table], dict)
+
+
+def test_writing_into_a_tensor_raises_its_version():
+    weight = nn.Parameter(torch.zeros(2))
+    before = getattr(weight, TENSOR_VERSION)
+    with torch.no_grad():
+        weight.add_(1)
+    assert getattr(weight, TENSOR_VERSION) > before
 
 
 @pytest.mark.parametrize(

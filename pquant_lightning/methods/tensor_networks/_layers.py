@@ -1,0 +1,79 @@
+"""What all layers of this family share: parts that are ordinary layers, and the weight that they stand for."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from pquant_lightning.core._private import MODULE_HOOKS
+from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, weight_of
+from pquant_lightning.core.layer_adapter import SUPPORTED, build_layer
+
+
+class FactoredLayer(CompressedLayer, stage=Stage.FACTORIZE):
+    """A chain of ordinary layers, `parts`, that stands for one layer: later methods see ordinary layers."""
+
+    parts: nn.ModuleList
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], replaced: nn.Module | None) -> Self:
+        layer = cls()
+        layer.parts = nn.ModuleList(build_layer(part) for part in cls.part_specs(spec))
+        return layer
+
+    @staticmethod
+    def part_specs(spec: dict[str, Any]) -> list[dict[str, Any]]:
+        """Structures of the parts."""
+        raise NotImplementedError
+
+    def set_weights(self, weights: Sequence[Tensor], bias: nn.Parameter | None) -> None:
+        """Copies one weight into each part, in any shape of as many numbers; the bias stays the same `Parameter`."""
+        for part, weight in zip(self.parts, weights, strict=True):
+            own = part.weight
+            assert isinstance(own, Tensor)
+            own.copy_(weight.reshape(own.shape))
+        if bias is not None:
+            (self if hasattr(self, "bias") else self.parts[-1]).bias = bias
+
+    def weights(self) -> list[Tensor]:
+        """The weight of each part, or the one it stands for where a later method has replaced it."""
+        return [weight_of(part) for part in self.parts]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the layer this one stands for, computed from the parts; read-only."""
+        return self.dense_weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def plain_weights(parts: nn.ModuleList) -> list[Tensor] | None:
+    """The weights of the parts if a forward may read them instead of calling the parts, else None.
+
+    It may where every part is one of torch's own and no hook watches it. Parts that a later method has replaced, parts
+    whose inputs are being observed, and all parts where a program is exported, are called one by one.
+    """
+    if torch.compiler.is_exporting():
+        return None
+    weights = []
+    for part in parts:
+        if type(part) not in SUPPORTED or any(getattr(part, hooks) for hooks in MODULE_HOOKS):
+            return None
+        weights.append(part.weight)
+    return weights  # type: ignore[return-value]
+
+
+def random_like(weight: Tensor, shapes: list[torch.Size], ranks: list[int]) -> list[Tensor]:
+    """Normal values for the parts of a product in which every number has about the variance of the weight's.
+
+    A number of the product is a sum over all ranks of products of one number of each part.
+    """
+    terms = 1
+    for rank in ranks:
+        terms *= rank
+    std = float(weight.detach().float().std(correction=0) / terms**0.5) ** (1 / len(shapes))
+    return [torch.randn(shape, dtype=torch.float32, device=weight.device) * std for shape in shapes]

@@ -1,0 +1,119 @@
+"""Tucker-2: a convolution as 1x1, a smaller one, 1x1; the two channel modes are compressed, the kernel is kept."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pquant_lightning.core.compressed_layer import Stage, weight_of
+from pquant_lightning.core.compression_method import CompressionContext, LayerMethod
+from pquant_lightning.core.layer_adapter import layer_spec
+from pquant_lightning.core.options import check_count, check_share, one_of
+from pquant_lightning.core.plan import LayerPlan, Skip
+from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.methods.tensor_networks._convs import from_kernel, pointwise, spatial, to_kernel, why_no_kernel
+from pquant_lightning.methods.tensor_networks._layers import FactoredLayer
+from pquant_lightning.methods.tensor_networks._tucker2 import tucker2, tucker2_dense, tucker2_ranks
+
+_BALANCE = 1 / 3  # of the exponent: three parts share the weight's scale
+
+
+class TuckerConv(FactoredLayer, kind="tucker_conv"):
+    """`Conv(in, out, k)` as 1x1 `Conv(in, g*r_in)`, `Conv(g*r_in, g*r_out, k)`, 1x1 `Conv(g*r_out, out)`, g groups."""
+
+    @staticmethod
+    def part_specs(spec: dict[str, Any]) -> list[dict[str, Any]]:
+        layer, (rank_in, rank_out) = spec["layer"], spec["ranks"]
+        channels = layer["in_channels"] // layer["groups"], layer["out_channels"] // layer["groups"]
+        first = pointwise(layer, channels[0], rank_in)
+        return [first, spatial(layer, rank_in, rank_out), pointwise(layer, rank_out, channels[1], layer["bias"])]
+
+    def set_factors(self, left: Tensor, core: Tensor, right: Tensor, bias: nn.Parameter | None) -> None:
+        """Takes `left (groups, out, r_out)`, `core (groups, r_out, r_in, k)`, `right (groups, in, r_in)`."""
+        one = (1,) * len(self.spec["layer"]["kernel_size"])
+        kernels = [right.mT.unflatten(-1, (-1, *one)), core, left.unflatten(-1, (-1, *one))]
+        specs = self.part_specs(self.spec)
+        self.set_weights([from_kernel(kernel, spec) for kernel, spec in zip(kernels, specs, strict=True)], bias)
+
+    def dense_weight(self) -> Tensor:
+        specs = self.part_specs(self.spec)
+        right, core, left = (to_kernel(w, spec) for w, spec in zip(self.weights(), specs, strict=True))
+        dense = tucker2_dense(left.flatten(2), core.flatten(3), right.flatten(2).mT)
+        layer = self.spec["layer"]
+        return from_kernel(dense.unflatten(-1, layer["kernel_size"]), layer)
+
+    def described(self) -> str:
+        return f"Tucker-2 {self.spec['ranks'][0]}-{self.spec['ranks'][1]}"
+
+
+@CompressionMethodRegistry.register("tucker")
+class TuckerCompression(LayerMethod):
+    """Tucker-2 of Conv and ConvTranspose layers with a kernel, at the start of fit, by HOSVD and three HOOI sweeps.
+
+    Give at most one of `rank` and `param_ratio`; none means `param_ratio=0.5`. Grouped convolutions are decomposed
+    group by group and stay grouped. A matrix (Linear, Embedding, a 1x1 convolution) has no kernel and is left alone.
+
+    Args:
+        rank: of both channel modes, per group, a count; at most the channels of each.
+        param_ratio: share of each layer's weights that is kept, in (0, 1]; gives the two ranks of least error.
+        include: glob patterns over module names; only matching layers are changed. None means all.
+        exclude: glob patterns over module names; matching layers are left alone.
+        min_saving: least share of a layer's stored bytes that must go, else the layer is left alone; 0 asks nothing.
+
+    Raises:
+        OptionError: both rank and param_ratio, or a value out of range.
+
+    References:
+        Kim et al., "Compression of deep convolutional neural networks for fast and low power mobile applications",
+        2015; there, ranks come from EVBMF.
+
+    >>> TuckerCompression(rank=4).plan(nn.Sequential(nn.Conv2d(16, 32, 3))).layers[0].spec["ranks"]
+    [4, 4]
+    """
+
+    rank: int | None = None
+    param_ratio: float | None = None
+
+    stage = Stage.FACTORIZE
+
+    def validate_config(self) -> None:
+        super().validate_config()
+        name, value = self._target()
+        if name == "rank":
+            check_count(type(self), name, value, low=1)
+        else:
+            check_share(type(self), name, value)
+
+    def _target(self) -> tuple[str, Any]:
+        return one_of(type(self), {"param_ratio": 0.5}, rank=self.rank, param_ratio=self.param_ratio)
+
+    def plan_layer(self, name: str, layer: nn.Module, context: CompressionContext) -> LayerPlan | Skip:
+        if (reason := why_no_kernel(layer)) is not None:
+            return Skip(name, reason)
+        kernel = merged_kernel(layer)
+        target, value = self._target()
+        ranks = (min(value, kernel.shape[1]), min(value, kernel.shape[2])) if target == "rank" else None
+        if ranks is None:
+            ranks = tucker2_ranks(kernel, value * kernel[0].numel())
+        if ranks is None:
+            return Skip(name, f"even ranks of 1 keep more than {value:.0%} of its weights")
+        return LayerPlan(name, {"kind": TuckerConv.kind, "ranks": [ranks[1], ranks[0]]})
+
+    def fill(self, new: TuckerConv, old: nn.Module, plan: LayerPlan, context: CompressionContext) -> None:
+        rank_in, rank_out = plan.spec["ranks"]
+        left, core, right = tucker2(merged_kernel(old), (rank_out, rank_in))
+        bias = getattr(old, "bias", None)
+        new.set_factors(*_balanced(left, core, right), bias)
+
+
+def merged_kernel(layer: nn.Module) -> Tensor:
+    """A convolution's weight as `(groups, out, in, k)`, all kernel positions in one mode, float32."""
+    return to_kernel(weight_of(layer).detach().float(), layer_spec(layer)).flatten(3)
+
+
+def _balanced(left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same product with the core's scale shared by the three parts: parts of one scale train well."""
+    by_out = torch.linalg.vector_norm(core, dim=(2, 3)).clamp_min(1e-12).pow(_BALANCE)  # (groups, r_out)
+    by_in = torch.linalg.vector_norm(core, dim=(1, 3)).clamp_min(1e-12).pow(_BALANCE)  # (groups, r_in)
+    core = core / by_out[:, :, None, None] / by_in[:, None, :, None]
+    return left * by_out.unsqueeze(1), core, right * by_in.unsqueeze(1)
