@@ -28,7 +28,7 @@ MODULE_TABLE = "_modules"
 TENSOR_BASE = "_base"
 
 # torch 2.13, torch/nn/modules/module.py and conv.py: methods that our layers override or call where they stand
-LAYER_METHODS = ("_apply", "_load_from_state_dict", "_conv_forward", "_output_padding")
+LAYER_METHODS = ("_apply", "_load_from_state_dict", "_save_to_state_dict", "_conv_forward", "_output_padding")
 
 # Lightning 2.6.6, callbacks/model_checkpoint.py: the step at which nothing is saved a second time
 LAST_STEP_SAVED = "_last_global_step_saved"

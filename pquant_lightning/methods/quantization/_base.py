@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from pquant_lightning.core.affine import blocks, mse_scale, symmetric_codes, symmetric_scale
+from pquant_lightning.core.affine import blocks, mse_scale
 from pquant_lightning.core.calibration import collect_inputs
 from pquant_lightning.core.compressed_layer import compressed_layers, weight_of
 from pquant_lightning.core.compression_method import (
@@ -25,6 +25,7 @@ from pquant_lightning.core.options import check_count
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
 from pquant_lightning.methods.quantization._folding import fold_norms, relative_path
 from pquant_lightning.methods.quantization._forms import FLOAT
+from pquant_lightning.methods.quantization._grids import nearest_codes, weight_grid
 from pquant_lightning.methods.quantization._kernels import why_no_kernel
 from pquant_lightning.methods.quantization._layers import TRAINING_KINDS, QuantLayer
 from pquant_lightning.methods.quantization._observers import Observer, choose_range
@@ -127,17 +128,19 @@ class QuantizationMethod(LayerMethod):
             "weight_quantizer": "ste",
             "act_quantizer": "ste",
             "range": "max",
+            "zero_point": False,
+            "rounding": "nearest",
             "group_size": None,
             "norm": norm and relative_path(name, norm),
             "correct_bias": False,
             "schedule": None,
             "scale_lr": 1.0,
         }
-        spec.update(self.layer_options(layer, spec))
+        spec.update(self.layer_options(layer, spec, context))
         reason = why_no_kernel(layer, spec["act_bits"], spec["group_size"])
         return {**spec, "kernel": "integer" if reason is None else f"dequantize: {reason}"}
 
-    def layer_options(self, layer: nn.Module, spec: dict[str, Any]) -> dict[str, Any]:
+    def layer_options(self, layer: nn.Module, spec: dict[str, Any], context: CompressionContext) -> dict[str, Any]:
         """What a method decides differently in the spec of a layer."""
         return {}
 
@@ -165,11 +168,7 @@ class QuantizationMethod(LayerMethod):
             new.miss_range()
 
     def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
-        own = {
-            name: layer
-            for name, layer in compressed_layers(model).items()
-            if isinstance(layer, QuantLayer) and layer.spec["by"] == context.by
-        }
+        own = own_layers(model, context.by)
         asking = {n: layer for n, layer in own.items() if layer.spec["act"] == "static" or layer.spec["correct_bias"]}
         if not asking or context.samples is None:
             return
@@ -191,10 +190,17 @@ class QuantizationMethod(LayerMethod):
         fold_norms(model)
 
 
+def own_layers(model: nn.Module, by: str) -> dict[str, QuantLayer]:
+    """The layers in training form that this method or callback has made, by name."""
+    found = compressed_layers(model).items()
+    return {name: layer for name, layer in found if isinstance(layer, QuantLayer) and layer.spec["by"] == by}
+
+
 def _error(layer: nn.Module, spec: dict[str, Any]) -> float:
     """Relative error of the rounded weight."""
     if spec["bits"] == FLOAT:
         return 0.0
     values = blocks(weight_of(layer).detach(), TRAINING_KINDS[type(layer)].axis, spec["group_size"])
-    scale = (mse_scale if spec["range"] == "mse" else symmetric_scale)(values, spec["bits"])
-    return relative_error(values, symmetric_codes(values, scale, spec["bits"]) * scale[..., None])
+    codes, scale, zero = nearest_codes(values, weight_grid(values, spec), spec["bits"])
+    levels = codes if zero is None else codes - zero[..., None]
+    return relative_error(values, levels * scale[..., None])

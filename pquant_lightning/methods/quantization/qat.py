@@ -105,7 +105,7 @@ class QATCompression(QuantizationMethod):
                 f"QATCompression: bits are lowered between start and end, got start={self.start}, end={self.end}."
             )
 
-    def layer_options(self, layer: nn.Module, spec: dict[str, Any]) -> dict[str, Any]:
+    def layer_options(self, layer: nn.Module, spec: dict[str, Any], context: CompressionContext) -> dict[str, Any]:
         def chosen(bits: int) -> str:
             return ("lsq" if bits < _LEARNS_BELOW else "ste") if self.quantizer == "auto" else self.quantizer
 
