@@ -14,7 +14,7 @@ from pquant_lightning.api import (
 from pquant_lightning.callbacks.base import CompressionCallback
 from pquant_lightning.callbacks.low_rank import LowRankCallback
 from pquant_lightning.callbacks.pruning import PruningCallback
-from pquant_lightning.callbacks.quantization import PTQCallback, QATCallback
+from pquant_lightning.callbacks.quantization import MixedPrecisionCallback, PTQCallback, QATCallback
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compressed_layer import CompressedLayer
 from pquant_lightning.core.compression_method import CompressionMethod, LayerMethod
@@ -27,6 +27,7 @@ from pquant_lightning.methods.low_rank.svd import LowRankCompression
 from pquant_lightning.methods.pruning.family import PruningCompression
 from pquant_lightning.methods.pruning.unstructured import UnstructuredPruning
 from pquant_lightning.methods.quantization.family import QuantizationCompression
+from pquant_lightning.methods.quantization.mixed_precision import MixedPrecisionCompression
 from pquant_lightning.methods.quantization.ptq import PTQCompression
 from pquant_lightning.methods.quantization.qat import QATCompression
 
@@ -45,6 +46,8 @@ __all__ = [
     "LayerMethod",
     "LowRankCallback",
     "LowRankCompression",
+    "MixedPrecisionCallback",
+    "MixedPrecisionCompression",
     "PQuantError",
     "PTQCallback",
     "PTQCompression",

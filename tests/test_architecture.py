@@ -36,7 +36,7 @@ FLOORS = {  # first part of a module's name inside the package -> floor
 }
 WITH_LIGHTNING = ("callbacks", "pipelines", "cli", "api")
 OPTIONAL = ("tensorflow", "jax", "onnx", "onnxruntime", "matplotlib", "sklearn", "peft")
-LATER_METHODS = ("factorization lora tensor_train tucker cp mixed_precision structured_pruning tensor_network").split()
+LATER_METHODS = ("factorization lora tensor_train tucker cp structured_pruning tensor_network").split()
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,8 @@ PUBLIC = (
     "LowRankCallback QATCallback CompressionCallback compress_model finalize save_compressed load_compressed "
     "compression_report prepare CompressedModule CompressionMethod LayerMethod CompressedLayer "
     "CompressionMethodRegistry LayerAdapter register_adapter ConfigManager LowRankCompression QATCompression "
-    "PTQCallback PTQCompression QuantizationCompression PruningCallback UnstructuredPruning PruningCompression"
+    "PTQCallback PTQCompression QuantizationCompression PruningCallback UnstructuredPruning PruningCompression "
+    "MixedPrecisionCallback MixedPrecisionCompression"
 ).split()
 
 

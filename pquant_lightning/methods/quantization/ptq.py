@@ -45,9 +45,9 @@ class PTQCompression(QuantizationMethod):
         group_size: so many values along the inputs share a scale, instead of a whole output channel; layers whose
             channels it does not divide keep a scale per channel.
         rounding: "gptq" chooses the codes of a layer for a small error of its output, on data (embeddings, transposed
-            and 3-d convolutions are rounded as by "hqq"); "hqq" finds the grid for an error of the weights that
-            forgives outliers, without data; "nearest" finds it for the least squared error; "auto" is "nearest" at 8
-            bits, and below "gptq" with data, "hqq" without. The log says which.
+            and 3-d convolutions and weights shared by layers are rounded as by "hqq"); "hqq" finds the grid for an
+            error of the weights that forgives outliers, without data; "nearest" finds it for the least squared error;
+            "auto" is "nearest" at 8 bits, and below "gptq" with data, "hqq" without. The log says which.
         data_aware: whether "auto" chooses weights by data: None = where there are some, True = there must be some,
             False = never.
         act_order: GPTQ rounds the inputs with the largest second moment first.
@@ -125,24 +125,27 @@ class PTQCompression(QuantizationMethod):
         weight = weight_of(layer)
         divides = self.group_size is not None and (weight.numel() // weight.shape[axis]) % self.group_size == 0
         group_size = self.group_size if divides else None
-        rounding = self._rounding_of(layer, spec["bits"], context)
+        tied = id(layer.weight) in context.notes.get("tied", ())  # all its users must come to the same codes
+        rounding = self._rounding_of(layer, spec["bits"], context, tied)
         correctable = not isinstance(layer, nn.Embedding) and axis == 0
         return {
             "act": self.scheme if spec["act_bits"] < FLOAT else None,
             "range": "max" if spec["bits"] == 8 else "mse" if rounding == "nearest" else "hqq",
-            "zero_point": spec["bits"] < 8 and why_no_kernel(layer, spec["act_bits"], group_size) is not None,
+            "zero_point": spec["bits"] < 8
+            and not tied
+            and why_no_kernel(layer, spec["act_bits"], group_size) is not None,
             "rounding": rounding,
             "group_size": group_size,
             "norm": spec["norm"] if self.fold_norms else None,
             "correct_bias": self.correct_bias and correctable and self.num_samples > 0,
         }
 
-    def _rounding_of(self, layer: nn.Module, bits: int, context: CompressionContext) -> str:
+    def _rounding_of(self, layer: nn.Module, bits: int, context: CompressionContext, tied: bool) -> str:
         wanted = self.rounding
         if wanted == "auto":
             data = self.data_aware is not False and context.samples is not None
             wanted = "nearest" if bits >= 8 else "gptq" if data else "hqq"
-        return "hqq" if wanted == "gptq" and not has_moments(layer) else wanted
+        return "hqq" if wanted == "gptq" and (tied or not has_moments(layer)) else wanted
 
     def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
         super().apply(model, plan, context)
