@@ -244,6 +244,8 @@ def _error(layer: nn.Module, spec: dict[str, Any]) -> float:
     if spec["bits"] == FLOAT:
         return 0.0
     values = blocks(weight_of(layer).detach(), TRAINING_KINDS[type(layer)].axis, spec["group_size"])
+    if spec["range"] == "hqq":
+        spec = {**spec, "range": "mse"}  # nearly the same, and cheaper
     codes, scale, zero = nearest_codes(values, weight_grid(values, spec), spec["bits"])
     levels = codes if zero is None else codes - zero[..., None]
     return relative_error(values, levels * scale[..., None])

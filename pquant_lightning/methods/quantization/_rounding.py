@@ -84,7 +84,7 @@ def _round(layers: list[QuantLayer], moments: list[InputMoments], options: DataR
     spec = layers[0].spec
     groups = moments[0].second.shape[0]
     values = torch.cat([blocks(layer.weight.detach(), 0, spec["group_size"]) for layer in layers])
-    scale, zero = weight_grid(values, spec)
+    scale, zero = weight_grid(values, {**spec, "range": "mse"})  # HQQ's grid costs more and gains nothing here
     centered = [_is_centered(layer) for layer in layers]
     moment = torch.cat([m.covariance if c else m.second for m, c in zip(moments, centered, strict=True)])
 
