@@ -54,6 +54,17 @@ def test_data_serve_better_than_none_and_that_better_than_nearest(bits: int, gro
     assert 0 < gptq < 0.8 * nearest
 
 
+def test_learned_rounding_is_between_the_nearest_codes_and_gptq(package_log: Any) -> None:
+    found = {
+        rounding: error(
+            compress_model(network(), "ptq", train_loader=loader(), rounding=rounding, bits=3, group_size=16, **WEIGHTS)
+        )
+        for rounding in ("nearest", "adaround", "gptq")
+    }
+    assert found["gptq"] < found["adaround"] < 0.95 * found["nearest"]
+    assert "3 layer(s) by AdaRound, with data" in package_log.text
+
+
 def test_the_default_below_eight_bits_says_what_it_does(package_log: Any) -> None:
     made = {
         "with data": compress_model(network(), "ptq", train_loader=loader(), bits=4, **WEIGHTS),
@@ -121,7 +132,7 @@ def test_layers_without_statistics_are_named_and_rounded_without(package_log: An
 
 
 def test_data_that_are_wanted_and_not_given() -> None:
-    for options in ({"rounding": "gptq"}, {"data_aware": True}):
+    for options in ({"rounding": "gptq"}, {"rounding": "adaround"}, {"data_aware": True}):
         with pytest.raises(CalibrationError, match="GPTQ.*train_loader"):
             compress_model(network(), "ptq", bits=4, **WEIGHTS, **options)
         with pytest.raises(OptionError, match="num_samples is at least 1"):

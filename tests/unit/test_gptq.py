@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from pquant_lightning.core.affine import blocks, dequantize, grid_codes, mse_range, mse_scale
 from pquant_lightning.core.calibration import Samples, run_forward
+from pquant_lightning.methods.quantization._adaround import adaround_codes
 from pquant_lightning.methods.quantization._gptq import gptq_codes
 from pquant_lightning.methods.quantization._hessian import collect_moments, in_passes, input_rows, moment_bytes
 
@@ -41,6 +42,24 @@ def test_the_output_error_is_far_below_that_of_the_nearest_codes(bits, group_siz
     assert codes.min() >= low
     assert codes.max() <= 2 ** (bits - 1) - 1
     assert torch.equal(codes, codes.round())
+
+
+@pytest.mark.parametrize("zero_point", [False, True])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_learned_rounding_goes_up_or_down_and_never_grows_the_error(bits, zero_point):
+    torch.manual_seed(0)
+    weight, x = torch.randn(24, 64), correlated(500, 64)
+    scale, zero = grid(weight, bits, 16, zero_point)
+    moment, zeros = (x.T @ x / 500)[None], None if zero is None else zero[None]
+    codes = adaround_codes(weight[None], moment, scale[None], zeros, bits)[0]
+    values = blocks(weight, group_size=16)
+    nearest = grid_codes(values, scale, zero, bits).reshape(weight.shape)
+    rows = [((dequantize(c, scale, 0, zero) - weight) @ x.T).square().sum(1) for c in (codes, nearest)]
+    assert (rows[0] <= rows[1] * (1 + 1e-4)).all()
+    assert rows[0].sum() < 0.9 * rows[1].sum()
+    assert 0 < (codes - nearest).abs().max() <= 1
+    one = adaround_codes(weight[None], torch.eye(64)[None], scale[None], zeros, bits)[0]  # nothing to make up for
+    assert torch.equal(one, nearest)
 
 
 def test_uncorrelated_inputs_give_the_nearest_codes():

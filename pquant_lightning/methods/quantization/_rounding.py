@@ -10,6 +10,7 @@ from torch import nn
 
 from pquant_lightning.core.affine import blocks
 from pquant_lightning.core.calibration import Samples
+from pquant_lightning.methods.quantization._adaround import adaround_codes
 from pquant_lightning.methods.quantization._gptq import gptq_codes
 from pquant_lightning.methods.quantization._grids import Rounded, weight_grid
 from pquant_lightning.methods.quantization._hessian import InputMoments, collect_moments, in_passes
@@ -31,7 +32,9 @@ class DataRounding:
 def round_with_data(
     model: nn.Module, layers: dict[str, QuantLayer], samples: Samples, options: DataRounding, max_bytes: int
 ) -> None:
-    """Sets `rounded` of the layers by GPTQ; those that the samples do not reach keep the grid's nearest codes.
+    """Sets `rounded` of the layers by GPTQ or AdaRound, as their specs say.
+
+    Layers that the samples do not reach keep the nearest codes of HQQ's grid.
 
     Args:
         model: holds the layers.
@@ -91,7 +94,9 @@ def _round(layers: list[QuantLayer], moments: list[InputMoments], options: DataR
     def each(tensor: Any) -> Any:  # (layers * out, ...) to (layers * groups, out / groups, ...)
         return None if tensor is None else tensor.flatten(1).unflatten(0, (len(layers) * groups, -1))
 
-    codes = gptq_codes(each(values), moment, each(scale), each(zero), spec["bits"], options.act_order, options.damping)
+    problem = (each(values), moment, each(scale), each(zero), spec["bits"])
+    learned = spec["rounding"] == "adaround"
+    codes = adaround_codes(*problem) if learned else gptq_codes(*problem, options.act_order, options.damping)
     parts = codes.flatten(0, 1).chunk(len(layers))
     zeros = [None] * len(layers) if zero is None else zero.chunk(len(layers))
     for layer, part, own_scale, own_zero in zip(layers, parts, scale.chunk(len(layers)), zeros, strict=True):

@@ -22,7 +22,13 @@ from pquant_lightning.methods.quantization._rounding import DataRounding, round_
 
 log = logging.getLogger(__name__)
 
-_WORDS = {"nearest": "rounding to nearest", "hqq": "HQQ, without data", "gptq": "GPTQ, with data"}
+_WORDS = {
+    "nearest": "rounding to nearest",
+    "hqq": "HQQ, without data",
+    "gptq": "GPTQ, with data",
+    "adaround": "AdaRound, with data",
+}
+_WITH_DATA = ("gptq", "adaround")
 
 
 @CompressionMethodRegistry.register("ptq")
@@ -45,9 +51,10 @@ class PTQCompression(QuantizationMethod):
         group_size: so many values along the inputs share a scale, instead of a whole output channel; layers whose
             channels it does not divide keep a scale per channel.
         rounding: "gptq" chooses the codes of a layer for a small error of its output, on data (embeddings, transposed
-            and 3-d convolutions and weights shared by layers are rounded as by "hqq"); "hqq" finds the grid for an
-            error of the weights that forgives outliers, without data; "nearest" finds it for the least squared error;
-            "auto" is "nearest" at 8 bits, and below "gptq" with data, "hqq" without. The log says which.
+            and 3-d convolutions and weights shared by layers are rounded as by "hqq"); "adaround" learns for the same
+            purpose which weights are rounded up; "hqq" finds the grid for an error of the weights that forgives
+            outliers, without data; "nearest" finds it for the least squared error; "auto" is "nearest" at 8 bits, and
+            below "gptq" with data, "hqq" without. The log says which.
         data_aware: whether "auto" chooses weights by data: None = where there are some, True = there must be some,
             False = never.
         act_order: GPTQ rounds the inputs with the largest second moment first.
@@ -72,6 +79,7 @@ class PTQCompression(QuantizationMethod):
 
     References:
         Nagel et al., "A White Paper on Neural Network Quantization", 2021, section 3. Frantar et al., "GPTQ", 2023.
+        Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020.
         Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023.
 
     >>> PTQCompression(bits=4, scheme="weight_only", group_size=32).bits_of("fc", False)
@@ -80,7 +88,7 @@ class PTQCompression(QuantizationMethod):
 
     scheme: Literal["static", "dynamic", "weight_only"] = "static"
     group_size: int | None = None
-    rounding: Literal["auto", "nearest", "hqq", "gptq"] = "auto"
+    rounding: Literal["auto", "nearest", "hqq", "gptq", "adaround"] = "auto"
     data_aware: bool | None = None
     act_order: bool = True
     damping: float = 0.01
@@ -97,11 +105,11 @@ class PTQCompression(QuantizationMethod):
         check_count(type(self), "max_statistics_bytes", self.max_statistics_bytes, 1)
         if not 0 < self.damping <= 1:
             raise OptionError(f"PTQCompression: damping is a share in (0, 1], got {self.damping}.")
-        if self.num_samples == 0 and (self.data_aware or self.rounding == "gptq"):
-            raise OptionError("PTQCompression: GPTQ needs data, so num_samples is at least 1, got 0.")
-        if self.data_aware is False and self.rounding == "gptq":
+        if self.num_samples == 0 and (self.data_aware or self.rounding in _WITH_DATA):
+            raise OptionError("PTQCompression: GPTQ and AdaRound need data, so num_samples is at least 1, got 0.")
+        if self.data_aware is False and self.rounding in _WITH_DATA:
             raise OptionError(
-                "PTQCompression: rounding='gptq' needs data; data_aware=False forbids them. Leave one out."
+                f"PTQCompression: rounding={self.rounding!r} needs data; data_aware=False forbids them. Leave one out."
             )
         if self.scheme == "weight_only" and self.act_bits not in (None, FLOAT):
             raise OptionError(
@@ -113,7 +121,7 @@ class PTQCompression(QuantizationMethod):
 
     @property
     def needs_samples(self) -> bool:
-        return self.scheme == "static" or bool(self.data_aware) or self.rounding == "gptq"
+        return self.scheme == "static" or bool(self.data_aware) or self.rounding in _WITH_DATA
 
     def bits_of(self, name: str, is_end: bool) -> tuple[int, int]:
         protected = is_end and not (self.first_last_bits is None and self.group_size is not None)
@@ -145,7 +153,7 @@ class PTQCompression(QuantizationMethod):
         if wanted == "auto":
             data = self.data_aware is not False and context.samples is not None
             wanted = "nearest" if bits >= 8 else "gptq" if data else "hqq"
-        return "hqq" if wanted == "gptq" and (tied or not has_moments(layer)) else wanted
+        return "hqq" if wanted in _WITH_DATA and (tied or not has_moments(layer)) else wanted
 
     def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
         super().apply(model, plan, context)
@@ -155,7 +163,7 @@ class PTQCompression(QuantizationMethod):
 
     def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
         if context.samples is None and self.needs_samples:
-            why = "scheme='static' measures" if self.scheme == "static" else "GPTQ rounds weights by"
+            why = "scheme='static' measures" if self.scheme == "static" else "GPTQ (or AdaRound) rounds weights by"
             raise CalibrationError(
                 f"ptq with {why} the inputs of the layers: give compress_model a train_loader (a loader, a list of "
                 "batches or a datamodule), or use scheme='dynamic' or 'weight_only' and rounding='hqq'."
@@ -163,7 +171,7 @@ class PTQCompression(QuantizationMethod):
         super().calibrate(model, context)
         if context.samples is not None:
             own = own_layers(model, context.by)
-            rounded = {n: layer for n, layer in own.items() if layer.spec["rounding"] == "gptq"}
+            rounded = {n: layer for n, layer in own.items() if layer.spec["rounding"] in _WITH_DATA}
             round_with_data(
                 model, rounded, context.samples, DataRounding(self.act_order, self.damping), self.max_statistics_bytes
             )
