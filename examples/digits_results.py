@@ -93,6 +93,7 @@ METHODS: dict[str, Method] = {
     "qat8": Method("QAT, 8 bit", lambda network: [QATCallback(bits=8)]),
     "qat4": Method("QAT, 4-bit weights", lambda network: [QATCallback(weight_bits=4, act_bits=8)]),
     "qat2": Method("QAT, 2-bit weights", lambda network: [QATCallback(weight_bits=2, act_bits=8)]),
+    "qat3mixed": Method("QAT, 3-bit weights on average", lambda network: [QATCallback(average_bits=3, act_bits=8)]),
     "low_rank+qat8": Method("low rank, 25 % + QAT, 8 bit", lambda network: [low_rank(network), QATCallback(bits=8)]),
     "prune90": Method("pruning, 90 % zeros", lambda network: [pruning(0.9)], PRUNING_EPOCHS),
     "prune95": Method("pruning, 95 % zeros", lambda network: [pruning(0.95)], PRUNING_EPOCHS),
@@ -128,6 +129,7 @@ POST_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
     "ptq8": ("PTQ, 8 bit", {}),
     "ptq8dynamic": ("PTQ, 8 bit, dynamic", {"scheme": "dynamic"}),
     "ptq4": ("PTQ, 4-bit weights", {"weight_bits": 4, "act_bits": 8}),
+    "ptq3": ("PTQ, 3-bit weights", {"weight_bits": 3, "act_bits": 8}),
     "ptq2": ("PTQ, 2-bit weights", {"weight_bits": 2, "act_bits": 8}),
 }
 # Low rank fitted to training images, without training.

@@ -15,7 +15,7 @@ from pquant_lightning.callbacks.base import CompressionCallback
 from pquant_lightning.callbacks.lora import LoRACallback
 from pquant_lightning.callbacks.low_rank import FactorizationCallback, LowRankCallback
 from pquant_lightning.callbacks.pruning import PruningCallback, StructuredPruningCallback
-from pquant_lightning.callbacks.quantization import PTQCallback, QATCallback
+from pquant_lightning.callbacks.quantization import MixedPrecisionCallback, PTQCallback, QATCallback
 from pquant_lightning.callbacks.tensor_networks import CPCallback, TensorTrainCallback, TuckerCallback
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compressed_layer import CompressedLayer
@@ -34,6 +34,7 @@ from pquant_lightning.methods.pruning.family import PruningCompression
 from pquant_lightning.methods.pruning.structured import StructuredPruning
 from pquant_lightning.methods.pruning.unstructured import UnstructuredPruning
 from pquant_lightning.methods.quantization.family import QuantizationCompression
+from pquant_lightning.methods.quantization.mixed_precision import MixedPrecisionCompression
 from pquant_lightning.methods.quantization.ptq import PTQCompression
 from pquant_lightning.methods.quantization.qat import QATCompression
 from pquant_lightning.methods.tensor_networks.cp import CPCompression
@@ -62,6 +63,8 @@ __all__ = [
     "LoRACompression",
     "LowRankCallback",
     "LowRankCompression",
+    "MixedPrecisionCallback",
+    "MixedPrecisionCompression",
     "PQuantError",
     "PTQCallback",
     "PTQCompression",

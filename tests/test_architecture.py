@@ -36,7 +36,6 @@ FLOORS = {  # first part of a module's name inside the package -> floor
 }
 WITH_LIGHTNING = ("callbacks", "pipelines", "cli", "api")
 OPTIONAL = ("tensorflow jax onnx onnxruntime matplotlib sklearn peft transformers tensorly tltorch").split()
-LATER_METHODS = ["mixed_precision"]
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def _method_names() -> list[str]:
     registered = [CompressionMethodRegistry.name_of(cls) for cls in own]
     kinds = {n: cls for n, cls in CompressedLayer.kinds.items() if cls.__module__.startswith(f"{PACKAGE.name}.methods")}
     classes = [cls.__name__ for cls in (*own, *kinds.values())]
-    return [*registered, *kinds, *classes, *LATER_METHODS]
+    return [*registered, *kinds, *classes]
 
 
 def _texts(source: Source) -> Iterator[tuple[int, str]]:
@@ -294,7 +293,8 @@ PUBLIC = (
     "FactorizationCallback FactorizationCompression add_proximal_step "
     "LoRACallback LoRACompression merge_lora unmerge_lora save_adapter load_adapter "
     "TensorTrainCallback TensorTrainCompression TuckerCallback TuckerCompression CPCallback CPCompression "
-    "TensorNetworkCompression"
+    "TensorNetworkCompression "
+    "MixedPrecisionCallback MixedPrecisionCompression"
 ).split()
 
 

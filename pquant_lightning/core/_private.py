@@ -31,7 +31,7 @@ TENSOR_BASE = "_base"
 TENSOR_VERSION = "_version"
 
 # torch 2.13, torch/nn/modules/module.py and conv.py: methods that our layers override or call where they stand
-LAYER_METHODS = ("_apply", "_load_from_state_dict", "_conv_forward", "_output_padding")
+LAYER_METHODS = ("_apply", "_load_from_state_dict", "_save_to_state_dict", "_conv_forward", "_output_padding")
 
 # torch 2.13, torch/nn/modules/transformer.py: what encoder layers read of attention before they leave their fast path
 ATTENTION_ATTRIBUTES = ("batch_first", "in_proj_bias", "_qkv_same_embed_dim", "num_heads")

@@ -13,6 +13,7 @@ from torch import Tensor
 from pquant_lightning.core._private import int_mm
 
 _TINY = torch.finfo(torch.float32).tiny
+_CACHED = 2**17  # values that are searched at a time: half a megabyte
 _PLANES = (4, 2, 1)  # a code of b bits is stored in planes whose widths add up to b; each divides a byte
 
 Scalar = float | Tensor  # a python number, or a tensor of shape () where reading it would stall the device
@@ -77,15 +78,58 @@ def mse_scale(values: Tensor, bits: int, candidates: int = 40) -> Tensor:
     >>> mse_scale(outlier, bits=2) < symmetric_scale(outlier, bits=2)
     tensor([[True]])
     """
-    widest = symmetric_scale(values, bits)
     if values.is_meta:  # a plan only counts bytes, and operations on "meta" are slow
-        return widest
-    best, least = widest, torch.full_like(widest, torch.inf)
-    for step in range(candidates):
-        scale = widest * (1 - step / (candidates + 2))
-        error = (symmetric_codes(values, scale, bits).mul_(scale[..., None]).sub_(values)).square_().sum(-1)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best
+        return symmetric_scale(values, bits)
+
+    def of(part: Tensor) -> Tensor:
+        widest = symmetric_scale(part, bits)
+        best, least = widest, torch.full_like(widest, torch.inf)
+        for step in range(candidates):
+            scale = widest * (1 - step / (candidates + 2))
+            error = (symmetric_codes(part, scale, bits).mul_(scale[..., None]).sub_(part)).square_().sum(-1)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        return best
+
+    return torch.cat([of(part) for part in pieces(values)])
+
+
+def mse_range(values: Tensor, bits: int, candidates: int = 14) -> tuple[Tensor, Tensor]:
+    """Scale and zero point per block, with the least squared error among shrunk versions of the block's own range.
+
+    Args:
+        values: `(channels, groups, values)`.
+        bits: 2 to 8.
+        candidates: shares of the range that are tried.
+
+    Returns:
+        float32 `(channels, groups)` each; the zero point is a whole code, for codes -2**(bits-1) .. 2**(bits-1) - 1.
+
+    >>> shifted = blocks(torch.tensor([[1.0, 1.4, 1.8, 0.0]]))
+    >>> scale, zero = mse_range(shifted, bits=2)
+    >>> (grid_codes(shifted, scale, zero, 2) - zero[..., None]) * scale[..., None]
+    tensor([[[1.2000, 1.2000, 1.8000, 0.0000]]])
+    """
+
+    def of(part: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = part.amin(-1).clamp_max(0.0), part.amax(-1).clamp_min(0.0)
+        best = least = torch.zeros(0)
+        for step in range(candidates):
+            share = 1 - step / (1.7 * candidates)
+            grid = torch.stack(affine_scale(low * share, high * share, bits))
+            grid[1] -= 2 ** (bits - 1)
+            levels = grid_codes(part, grid[0], grid[1], bits).sub_(grid[1][..., None])
+            error = levels.mul_(grid[0][..., None]).sub_(part).square_().sum(-1)
+            best = grid if step == 0 else torch.where(error < least, grid, best)
+            least = error if step == 0 else torch.minimum(error, least)
+        return best[0], best[1]
+
+    scales, zeros = zip(*(of(part) for part in pieces(values)), strict=True)
+    return torch.cat(scales), torch.cat(zeros)
+
+
+def pieces(values: Tensor) -> tuple[Tensor, ...]:
+    """Blocks `(channels, groups, values)` in parts along the channels that stay in a processor's cache."""
+    return values.split(max(1, _CACHED * len(values) // max(values.numel(), 1)))
 
 
 def affine_scale(minimum: Tensor, maximum: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -109,10 +153,26 @@ def symmetric_codes(values: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (values * scale.reciprocal()[..., None]).round_().clamp_(-top, top)
 
 
-def dequantize(codes: Tensor, scale: Tensor, axis: int | None = 0) -> Tensor:
-    """`codes * scale` in float32: codes of a weight's shape, scales `(channels, groups)`."""
+def grid_codes(values: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """Float codes of blocks: symmetric ones where `zero` is None, else `round(values / scale + zero)`.
+
+    Args:
+        values: `(channels, groups, values)`.
+        scale: `(channels, groups)`.
+        zero: `(channels, groups)`, the code that stands for zero, which may lie between two codes; or None.
+        bits: 2 to 8.
+    """
+    if zero is None:
+        return symmetric_codes(values, scale, bits)
+    low = -(2.0 ** (bits - 1))
+    return (values * scale.reciprocal()[..., None]).add_(zero[..., None]).round_().clamp_(low, -low - 1)
+
+
+def dequantize(codes: Tensor, scale: Tensor, axis: int | None = 0, zero: Tensor | None = None) -> Tensor:
+    """`(codes - zero) * scale` in float32: codes of a weight's shape, scales and zero points `(channels, groups)`."""
     values = blocks(codes, axis, None if scale.shape[1] == 1 else codes.numel() // scale.numel())
-    return unblock(values * scale[..., None], codes.shape, axis)
+    levels = values if zero is None else values - zero.float()[..., None]
+    return unblock(levels * scale[..., None], codes.shape, axis)
 
 
 def affine_codes(x: Tensor, inverse: Scalar, zero_point: Scalar, top: int) -> Tensor:

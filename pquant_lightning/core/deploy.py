@@ -157,7 +157,9 @@ def _share_derived(final: CompressedLayer, owner_name: str, owner: CompressedLay
     tied = {}
     for tensor_name in final.derived_tensors:
         mine, other = getattr(final, tensor_name), getattr(owner, tensor_name, None)
-        if isinstance(other, Tensor) and other.shape == mine.shape and (mine.is_meta or torch.equal(other, mine)):
+        if not isinstance(mine, Tensor) or not isinstance(other, Tensor):
+            continue
+        if other.shape == mine.shape and (mine.is_meta or torch.equal(other, mine)):
             setattr(final, tensor_name, other)
             tied[tensor_name] = f"{owner_name}.{tensor_name}"
     if tied:

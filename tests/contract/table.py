@@ -22,6 +22,7 @@ from pquant_lightning import (
     FactorizationCallback,
     LoRACallback,
     LowRankCallback,
+    MixedPrecisionCallback,
     PTQCallback,
     QATCallback,
     TensorTrainCallback,
@@ -94,6 +95,13 @@ TABLE: dict[str, MethodRows] = {
         lossless={"bits": 8, "scheme": "weight_only", "min_saving": 0.0},
         tolerance=0.02,
         ladder=tuple({"bits": bits, "scheme": "weight_only", "min_saving": 0.0} for bits in (2, 4, 8)),
+    ),
+    "mixed_precision": MethodRows(
+        MixedPrecisionCallback,
+        rows=({"average_bits": 4}, {"average_bits": 3, "scheme": "weight_only", "sensitivity": "output"}),
+        lossless={"average_bits": 8, "scheme": "weight_only", "min_saving": 0.0},
+        tolerance=0.02,
+        ladder=tuple({"average_bits": bits, "scheme": "weight_only", "min_saving": 0.0} for bits in (2, 4, 8)),
     ),
     "qat": MethodRows(
         QATCallback,

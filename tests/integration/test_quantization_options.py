@@ -128,7 +128,13 @@ class TestPTQ:
 
         def shift(correct_bias: bool) -> float:
             small = compress_model(
-                model, "ptq", train_loader=loader, bits=3, scheme="weight_only", correct_bias=correct_bias
+                model,
+                "ptq",
+                train_loader=loader,
+                bits=3,
+                scheme="weight_only",
+                rounding="nearest",
+                correct_bias=correct_bias,
             )
             with torch.no_grad():
                 return float((small(x) - model(x)).mean(0).norm())

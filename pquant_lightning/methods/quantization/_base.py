@@ -1,12 +1,13 @@
 """What post-training quantization and quantization-aware training share: bits per layer, norms, calibration."""
 
 import logging
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from pquant_lightning.core.affine import blocks, mse_scale, symmetric_codes, symmetric_scale
+from pquant_lightning.core.affine import blocks, mse_scale
 from pquant_lightning.core.calibration import collect_inputs
 from pquant_lightning.core.compressed_layer import compressed_layers, weight_of
 from pquant_lightning.core.compression_method import (
@@ -17,21 +18,24 @@ from pquant_lightning.core.compression_method import (
     matches,
     relative_error,
 )
-from pquant_lightning.core.deploy import deployed_bytes
+from pquant_lightning.core.deploy import deployed_bytes, stored_bytes
 from pquant_lightning.core.errors import CalibrationError, OptionError, known
 from pquant_lightning.core.graph import outer_layers, trace
-from pquant_lightning.core.layer_adapter import layer_spec
+from pquant_lightning.core.layer_adapter import as_torch, layer_spec
 from pquant_lightning.core.options import check_count
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
 from pquant_lightning.core.splitting import split_view
+from pquant_lightning.core.surgery import get_layer
 from pquant_lightning.methods.quantization._folding import fold_norms, relative_path
 from pquant_lightning.methods.quantization._forms import FLOAT
+from pquant_lightning.methods.quantization._grids import nearest_codes, weight_grid
 from pquant_lightning.methods.quantization._kernels import why_no_kernel
 from pquant_lightning.methods.quantization._layers import TRAINING_KINDS, QuantLayer
 from pquant_lightning.methods.quantization._observers import Observer, choose_range
 
 log = logging.getLogger(__name__)
 
+ALL_BITS = (2, 3, 4, 6, 8, 16)  # that a budget chooses from
 _PER_LAYER = ("bits", "weight_bits", "act_bits")
 
 
@@ -106,7 +110,20 @@ class QuantizationMethod(LayerMethod):
         check_patterns(model, "overrides", self.overrides or {})
         graph = None if context.samples is None else trace(model, context.samples)
         norms = {} if graph is None else graph.foldable_norms(model)
-        return super().plan(model, replace(context, notes={"ends": outer_layers(model, graph), "norms": norms}))
+        uses = Counter(id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter))
+        tied = {key for key, count in uses.items() if count > 1}
+        found = {"ends": outer_layers(model, graph), "norms": norms, "tied": tied}
+        context = replace(context, notes={**found, **context.notes})
+        plan = super().plan(model, context)
+        layers = {entry.name: get_layer(model, entry.name) for entry in plan.layers}
+        shared = self.shared_bits(model, layers, context) if layers else {}
+        return super().plan(model, replace(context, notes={**context.notes, **shared})) if shared else plan
+
+    def shared_bits(
+        self, model: nn.Module, layers: dict[str, nn.Module], context: CompressionContext
+    ) -> dict[str, Any]:
+        """`bits` by layer that a budget gives, and the `sensitivities` it is shared by; empty where there is none."""
+        return {}
 
     def plan_layer(self, name: str, layer: nn.Module, context: CompressionContext) -> dict[str, Any] | Skip:
         kind = TRAINING_KINDS.get(type(layer))
@@ -115,9 +132,10 @@ class QuantizationMethod(LayerMethod):
         if getattr(layer, "max_norm", None) is not None:
             return Skip(name, "its max_norm rewrites the weight in the forward")
         weight_bits, act_bits = self.bits_of(name, name in context.notes.get("ends", ()))
+        weight_bits = context.notes.get("bits", {}).get(name, weight_bits)
         if isinstance(layer, nn.Embedding):
             act_bits = FLOAT  # indices are not rounded
-        if weight_bits == act_bits == FLOAT:
+        if weight_bits == FLOAT and (act_bits == FLOAT or name in context.notes.get("bits", {})):
             return Skip(name, "16 bits leave it in floating point")
         norm = context.notes.get("norms", {}).get(name)
         spec: dict[str, Any] = {
@@ -129,29 +147,47 @@ class QuantizationMethod(LayerMethod):
             "weight_quantizer": "ste",
             "act_quantizer": "ste",
             "range": "max",
+            "zero_point": False,
+            "rounding": "nearest",
             "group_size": None,
             "norm": norm and relative_path(name, norm),
             "correct_bias": False,
             "schedule": None,
             "scale_lr": 1.0,
+            **sensitivity_entries(name, layer, context.notes),
         }
-        spec.update(self.layer_options(layer, spec))
+        spec.update(self.layer_options(layer, spec, context))
         reason = why_no_kernel(layer, spec["act_bits"], spec["group_size"])
         return {**spec, "kernel": "integer" if reason is None else f"dequantize: {reason}"}
 
-    def layer_options(self, layer: nn.Module, spec: dict[str, Any]) -> dict[str, Any]:
+    def layer_options(self, layer: nn.Module, spec: dict[str, Any], context: CompressionContext) -> dict[str, Any]:
         """What a method decides differently in the spec of a layer."""
         return {}
 
     def candidates(self, name: str, module: nn.Module, context: CompressionContext) -> list[Candidate]:
-        found = []
-        for bits in (2, 3, 4, 6, 8):
-            spec = replace(self, bits=bits, weight_bits=None, overrides=None).plan_layer(name, module, context)
-            if isinstance(spec, Skip):
+        found, layer = [], as_torch(module)
+        assert layer is not None
+        macs = weight_of(layer).numel()
+        measured = context.notes.get("sensitivities", {}).get(name)
+        for bits in self.bits_offered(name, name in context.notes.get("ends", ())):
+            spec = self.plan_layer(name, layer, replace(context, notes={**context.notes, "bits": {name: bits}}))
+            if isinstance(spec, Skip) and bits < FLOAT:
                 return []
-            size = deployed_bytes({**spec, "by": self.name, "layer": layer_spec(module)}, module)
-            found.append(Candidate({"bits": bits}, size, weight_of(module).numel(), _error(module, spec) ** 2))
+            if isinstance(spec, Skip):
+                found.append(Candidate({"bits": bits}, stored_bytes(layer), macs, 0.0))
+                continue
+            size = deployed_bytes({**spec, "by": self.name, "layer": layer_spec(layer)}, layer)
+            loss = _error(layer, spec) ** 2 if measured is None else measured[bits]
+            found.append(Candidate({"bits": bits}, size, macs, loss))
         return found
+
+    def bits_offered(self, name: str, is_end: bool) -> list[int]:
+        """The bits of weights that a budget may choose from for the layer of that name, fewest first."""
+        pinned = [o.get("weight_bits", o.get("bits")) for p, o in (self.overrides or {}).items() if matches(name, p)]
+        if pinned and pinned[-1] is not None:
+            return [pinned[-1]]
+        least = self.first_last_bits if is_end and self.first_last_bits else 0
+        return [bits for bits in ALL_BITS if bits >= least]
 
     # -- applying ----------------------------------------------------------------------------------------------------
 
@@ -167,11 +203,7 @@ class QuantizationMethod(LayerMethod):
             new.miss_range()
 
     def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
-        own = {
-            name: layer
-            for name, layer in compressed_layers(model).items()
-            if isinstance(layer, QuantLayer) and layer.spec["by"] == context.by
-        }
+        own = own_layers(model, context.by)
         asking = {n: layer for n, layer in own.items() if layer.spec["act"] == "static" or layer.spec["correct_bias"]}
         if not asking or context.samples is None:
             return
@@ -193,10 +225,29 @@ class QuantizationMethod(LayerMethod):
         fold_norms(model)
 
 
+def own_layers(model: nn.Module, by: str) -> dict[str, QuantLayer]:
+    """The layers in training form that this method or callback has made, by name."""
+    found = compressed_layers(model).items()
+    return {name: layer for name, layer in found if isinstance(layer, QuantLayer) and layer.spec["by"] == by}
+
+
+def sensitivity_entries(name: str, layer: nn.Module, notes: dict[str, Any]) -> dict[str, Any]:
+    """What a spec says of a layer's sensitivity: by bits, of which weight, and whether its bits are decided."""
+    losses = notes.get("sensitivities", {}).get(name)
+    if losses is None:
+        return {}
+    rounded = {str(bits): float(f"{loss:.4g}") for bits, loss in losses.items()}
+    checksum = float(weight_of(layer).detach().double().square().sum())
+    return {"sensitivity": rounded, "measured_on": checksum, "settled": notes.get("settled", True)}
+
+
 def _error(layer: nn.Module, spec: dict[str, Any]) -> float:
     """Relative error of the rounded weight."""
     if spec["bits"] == FLOAT:
         return 0.0
     values = blocks(weight_of(layer).detach(), TRAINING_KINDS[type(layer)].axis, spec["group_size"])
-    scale = (mse_scale if spec["range"] == "mse" else symmetric_scale)(values, spec["bits"])
-    return relative_error(values, symmetric_codes(values, scale, spec["bits"]) * scale[..., None])
+    if spec["range"] == "hqq":
+        spec = {**spec, "range": "mse"}  # nearly the same, and cheaper
+    codes, scale, zero = nearest_codes(values, weight_grid(values, spec), spec["bits"])
+    levels = codes if zero is None else codes - zero[..., None]
+    return relative_error(values, levels * scale[..., None])

@@ -21,7 +21,8 @@ def describe(spec: dict[str, Any]) -> str:
     groups = f" in groups of {spec['group_size']}" if spec["group_size"] else ""
     acts = f", {spec['act_bits']}-bit {spec['act']} inputs" if spec["act_bits"] < FLOAT else ""
     why = f" ({spec['kernel']})" if acts and spec["kernel"] != "integer" else ""
-    return f"{spec['bits']}-bit weights{groups}{acts}{why}"
+    how = "" if spec["rounding"] == "nearest" else f", {spec['rounding']}"
+    return f"{spec['bits']}-bit weights{groups}{how}{acts}{why}"
 
 
 class LinearForm(nn.Linear):

@@ -50,11 +50,13 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 
 class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
-    """Base of the deployed form. Its spec has `bits`, `act_bits`, `act`, `group_size`, `kernel`, `has_bias`, `dtype`.
+    """Base of the deployed form. Its spec has `bits`, `act_bits`, `act`, `group_size`, `kernel`, `zero_point`,
+    `rounding`, `has_bias`, `dtype`.
 
     Attributes:
         codes: int8, the shape of the weight; below 8 bits packed: uint8 `(channels, bytes)` (see `affine.pack`).
         scale: float32 `(channels, groups)`.
+        zero: float16 `(channels, groups)`, the code that stands for zero; None where the grid is symmetric.
         act_grid: float32 `(2,)`, scale and zero point of the inputs, where they are static.
         bias: `(out,)` or None.
         like: empty, not stored; its dtype is the dtype of the layer's output.
@@ -62,15 +64,16 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
 
     deployed = True
     axis: ClassVar[int]
-    float32_tensors = ("scale", "act_grid")
+    float32_tensors = ("scale", "zero", "act_grid")
     parameter_buffers = ("codes", "bias")
-    derived_tensors = ("codes", "scale")
+    derived_tensors = ("codes", "scale", "zero")
     shape: torch.Size
     weight: Tensor
     _ready: dict[str, Any] | None
     _grid: Grid | None
     codes: Tensor
     scale: Tensor
+    zero: Tensor | None
     act_grid: Tensor
     like: Tensor
 
@@ -86,6 +89,9 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
         packed = None if bits == 8 else torch.empty(channels, packed_bytes(count, bits), dtype=torch.uint8)
         layer.register_buffer("codes", codes if packed is None else packed)
         layer.register_buffer("scale", torch.empty(channels, groups, dtype=torch.float32))
+        layer.register_buffer(
+            "zero", torch.empty(channels, groups, dtype=torch.float16) if spec["zero_point"] else None
+        )
         if spec["act"] == "static":
             layer.register_buffer("act_grid", torch.empty(2, dtype=torch.float32))
             quantized_decomposed()  # exporters look for these operations before they run the model
@@ -96,11 +102,15 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
         layer._ready = layer._grid = None
         return layer
 
-    def set_values(self, codes: Tensor, scale: Tensor, bias: Tensor | None, grid: Grid | None) -> None:
-        """Takes over int8 codes of the weight's shape, scales, a bias, and the static grid of the inputs."""
+    def set_values(
+        self, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, grid: Grid | None
+    ) -> None:
+        """Takes over int8 codes of the weight's shape, scales, zero points, a bias, and the inputs' static grid."""
         bits = self.spec["bits"]
         self.codes = codes if bits == 8 else pack(codes.movedim(self.axis, 0).flatten(1), bits)
         self.scale = scale
+        if zero is not None:
+            self.zero = zero.half()
         if bias is not None:
             self.register_buffer("bias", bias.to(self.like.dtype))
         if grid is not None:
@@ -120,7 +130,7 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
         return self.shape.numel() if name == "codes" else super().count_in(name)
 
     def dense_weight(self) -> Tensor:
-        return dequantize(self.weight_codes(), self.scale, self.axis).to(self.like.dtype)
+        return dequantize(self.weight_codes(), self.scale, self.axis, self.zero).to(self.like.dtype)
 
     def described(self) -> str:
         return describe(self.spec)
@@ -293,5 +303,7 @@ class IntEmbedding(IntLayer, nn.Embedding, kind="int_embedding"):
         codes, scale = F.embedding(x, self.codes), F.embedding(x, self.scale)
         if self.spec["bits"] < 8:
             codes = unpack(codes.flatten(0, -2), self.embedding_dim, self.spec["bits"]).reshape(*x.shape, -1)
-        groups = codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]
-        return groups.flatten(-2).to(self.like.dtype)
+        levels = codes.float().unflatten(-1, (scale.shape[-1], -1))
+        if self.zero is not None:
+            levels = levels - F.embedding(x, self.zero).float()[..., None]
+        return (levels * scale[..., None]).flatten(-2).to(self.like.dtype)

@@ -21,12 +21,11 @@ from pquant_lightning.core.affine import (
     learned_grid,
     make_grid,
     mse_scale,
-    symmetric_codes,
-    symmetric_scale,
     unblock,
 )
 from pquant_lightning.core.calibration import InputStatistics
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage
+from pquant_lightning.core.errors import CheckpointError
 from pquant_lightning.methods.quantization import _integer
 from pquant_lightning.methods.quantization._forms import (
     FLOAT,
@@ -40,7 +39,9 @@ from pquant_lightning.methods.quantization._forms import (
     describe,
     layer_config,
 )
+from pquant_lightning.methods.quantization._grids import Rounded, nearest_codes, weight_grid
 
+_ROUNDED = ("rounded_codes", "rounded_scale", "rounded_zero")  # in a state dict, where there is a rounded weight
 RANGE_MOMENTUM = 0.01  # of the moving average of the inputs' minimum and maximum, as in torch's observers
 
 
@@ -51,7 +52,8 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
       None for inputs in floating point. `kernel`: "integer", or why not.
     * `trains`: whether the forward rounds. `weight_quantizer`: "ste", or "lsq" with a learned `weight_scale`
       `(channels, 1)`. `act_quantizer`: "ste" over a moving `act_range`, or "lsq" or "pact" with a learned `act_scale`.
-    * `range`: "max" or "mse", the scale of weights that learn none. `group_size`: values that share a scale.
+    * `range`: "max", "mse" or "hqq", how the grid of weights that learn none is found; `zero_point`: whether it has
+      one. `group_size`: values that share a scale. `rounding`: "nearest", or the name of what gives `rounded`.
     * `norm`: path, from this layer, of the batch norm to be folded in. `correct_bias`: whether `act_mean` is kept.
     * `schedule`: of training, see `QATCompression`; where bits change over it, those in force are in `active_bits`.
     * `scale_lr`: learning rate of learned scales, relative to that of the weights.
@@ -81,6 +83,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
     _known: bool | None
     observing: bool  # whether training moves `act_range`
     folded: tuple[Tensor, Tensor] | None  # factor and shift of the norm to be folded in, while the model is deployed
+    rounded: Rounded | None  # the weight as calibration has rounded it; until the weight is trained again
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], replaced: nn.Module | None) -> Self:
@@ -89,6 +92,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
         layer = cls(**layer_config(spec))
         layer.observing = True
         layer.folded = None
+        layer.rounded = None
         layer._bits = (spec["bits"], spec["act_bits"]) if spec["trains"] else (FLOAT, FLOAT)
         layer._cache = None
         layer._known = None
@@ -188,6 +192,8 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
     def quantized_weight(self) -> Tensor:
         """The weight on the grid in force."""
         bits = self._bits[0]
+        if self.training:
+            self.rounded = None
         if hasattr(self, "weight_scale"):
             if bits == FLOAT:
                 return self.weight + 0 * self.weight_scale.sum() if self.training else self.weight
@@ -197,7 +203,8 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
     def dense_weight(self) -> Tensor:
         if self.spec["trains"] or self.spec["bits"] == FLOAT:
             return self.quantized_weight()
-        return dequantize(*self.weight_codes(), self.axis).to(self.weight.dtype)
+        codes, scale, zero = self.weight_codes()
+        return dequantize(codes, scale, self.axis, zero).to(self.weight.dtype)
 
     @property
     def bits_in_force(self) -> tuple[int, int]:
@@ -252,6 +259,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
             measured = ("act_range", "act_mean")
             kept = {f"{prefix}{key}": getattr(self, key).clone() for key in measured if hasattr(self, key)}
             state_dict = {**state_dict, **kept}
+        state_dict, self.rounded = self._stored_rounding(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._known = None
         if self.spec["trains"] and not self.weight.is_meta:
@@ -260,21 +268,53 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
             weight_bits, act_bits = (round(bits) for bits in self.active_bits.tolist())
             self._bits = (FLOAT if weight_bits > 8 else weight_bits, FLOAT if act_bits > 8 else act_bits)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        parts = {} if self.rounded is None else dict(zip(_ROUNDED, self.rounded, strict=True))
+        destination.update({prefix + name: part for name, part in parts.items() if part is not None})
+
+    def _stored_rounding(self, state_dict: dict[str, Any], prefix: str) -> tuple[dict[str, Any], Rounded | None]:
+        """The state dict without the rounded weight, and that weight; the present one where the weights are the same.
+
+        Raises:
+            CheckpointError: it does not fit the layer.
+        """
+        names = [prefix + name for name in _ROUNDED]
+        codes, scale, zero = (state_dict.get(name) for name in names)
+        weight = state_dict.get(f"{prefix}weight")
+        if codes is None or scale is None:
+            known = self.rounded is not None and not self.weight.is_meta
+            same = known and isinstance(weight, Tensor) and torch.equal(weight.to(self.weight), self.weight)
+            return state_dict, self.rounded if same else None
+        channels = self.weight.shape[self.axis]
+        groups = self.weight.numel() // channels // (self.spec["group_size"] or self.weight.numel() // channels)
+        grids = [scale] if zero is None else [scale, zero]
+        wanted = (self.weight.shape, *[(channels, groups)] * len(grids))
+        if tuple(map(tuple, wanted)) != tuple(tuple(part.shape) for part in (codes, *grids)):
+            raise CheckpointError(f"The checkpoint is damaged: {names[0]!r} and its grid do not fit the layer's spec.")
+        if (zero is None) == self.spec["zero_point"]:
+            raise CheckpointError(f"The checkpoint is damaged: {names[2]!r} does not fit the layer's spec.")
+        state_dict = {key: value for key, value in state_dict.items() if key not in names}
+        return state_dict, Rounded(codes.clone(), scale.clone(), None if zero is None else zero.clone())
+
     def parameter_options(self) -> dict[str, dict[str, float]]:
         learned = [name for name in ("weight_scale", "act_scale", "act_zero") if name in self._parameters]
         return {name: {"lr": self.spec["scale_lr"], "weight_decay": 0.0} for name in learned}
 
     # -- deployment --------------------------------------------------------------------------------------------------
 
-    def weight_codes(self) -> tuple[Tensor, Tensor]:
-        """int8 codes of the weight's shape, and float32 scales `(channels, groups)`."""
+    def weight_codes(self) -> Rounded:
+        """int8 codes of the weight's shape, and the grid."""
+        if self.rounded is not None:
+            (codes, scale, zero), device = self.rounded, self.weight.device
+            return Rounded(codes.to(device), scale.to(device), None if zero is None else zero.to(device))
         values = blocks(self.weight.detach(), self.axis, self.spec["group_size"])
-        bits = self.spec["bits"]
         if hasattr(self, "weight_scale"):
             scale = self.weight_scale.detach().float().abs().clamp_min(torch.finfo(torch.float32).tiny)
+            codes, scale, zero = nearest_codes(values, (scale, None), self.spec["bits"])
         else:
-            scale = (mse_scale if self.spec["range"] == "mse" else symmetric_scale)(values, bits)
-        return unblock(symmetric_codes(values, scale, bits), self.weight.shape, self.axis).to(torch.int8), scale
+            codes, scale, zero = nearest_codes(values, weight_grid(values, self.spec), self.spec["bits"])
+        return Rounded(unblock(codes, self.weight.shape, self.axis).to(torch.int8), scale, zero)
 
     @property
     def deployable(self) -> bool:
@@ -299,36 +339,49 @@ def _deploy(layer: QuantLayer) -> nn.Module:
     spec = layer.spec
     static = spec["act"] == "static" and layer.known
     grid = layer.input_grid(spec["act_bits"]) if static else None
-    codes, scale = layer.weight_codes()
+    codes, scale, zero = layer.weight_codes()
     bias = getattr(layer, "bias", None)
     bias = None if bias is None else bias.detach().float()
     if spec["correct_bias"]:
-        bias = _corrected(layer, codes, scale, bias)
+        bias = _corrected(layer, dequantize(codes, scale, layer.axis, zero), bias)
     if layer.folded is not None:
         factor, shift = layer.folded
         bias = shift if bias is None else bias * factor + shift
-        codes = codes * factor.sign().to(torch.int8).reshape([-1 if d == layer.axis else 1 for d in range(codes.dim())])
-        scale = scale * factor.abs()[:, None]
-    kept = {key: spec[key] for key in ("by", "layer", "bits", "act_bits", "act", "group_size", "kernel", "version")}
+        codes, scale, zero = _multiplied(codes, scale, zero, factor, layer.axis)
+    copied = ("by", "layer", "bits", "act_bits", "act", "group_size", "zero_point", "rounding", "kernel", "version")
+    kept = {key: spec[key] for key in copied}
+    if layer.rounded is None and spec["rounding"] not in ("nearest", "hqq"):
+        kept["rounding"] = spec["range"]
     if spec["act"] == "static" and not static:
         kept.update(act_bits=FLOAT, act=None, kernel="dequantize: no input has been seen")
     dtype = str(layer.weight.dtype).removeprefix("torch.")
     extra = {"kind": layer.deployed_type.kind, "has_bias": bias is not None, "dtype": dtype}
-    final: Any = CompressedLayer.build({**kept, **extra}, layer)
-    final.set_values(codes, scale, bias, grid)
+    carried: dict[str, Any] = {key: spec[key] for key in ("sensitivity", "measured_on") if key in spec}
+    final: Any = CompressedLayer.build({**kept, **carried, **extra}, layer)
+    final.set_values(codes, scale, zero, bias, grid)
     if hasattr(layer, "weight_scale"):
         final.derived_tensors = ()  # its codes follow from the learned scale too
     return final
 
 
-def _corrected(layer: Any, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _multiplied(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, factor: Tensor, axis: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zero points of the weight times a factor per channel; a negative one mirrors the codes."""
+    mirrored = (factor < 0).reshape([-1 if d == axis else 1 for d in range(codes.dim())])
+    turned = codes.neg() if zero is None else codes.bitwise_not()  # -c, or -1 - c, which keeps to the range of codes
+    if zero is not None:
+        zero = torch.where(factor[:, None] < 0, -1 - zero, zero)
+    return torch.where(mirrored, turned, codes), scale * factor.abs()[:, None], zero
+
+
+def _corrected(layer: Any, rounded: Tensor, bias: Tensor | None) -> Tensor:
     """The bias that makes the mean output what it was: + (W - W') E[x].
 
     References:
         Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, equation 12.
     """
-    values = codes.reshape(codes.shape[0], scale.shape[1], -1).float() * scale[..., None]
-    lost = layer.weight.detach().float() - values.reshape(codes.shape)
+    lost = layer.weight.detach().float() - rounded
     per_channel = lost.flatten(2).sum(2) if lost.dim() > 2 else lost  # (out, in / groups)
     mean = layer.act_mean.to(lost.device)
     groups = getattr(layer, "groups", 1)

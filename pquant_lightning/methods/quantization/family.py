@@ -4,13 +4,15 @@ from typing import ClassVar
 
 from pquant_lightning.core.compression_method import CompressionMethod, MethodFamily
 from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.methods.quantization.mixed_precision import MixedPrecisionCompression
 from pquant_lightning.methods.quantization.ptq import PTQCompression
 from pquant_lightning.methods.quantization.qat import QATCompression
 
 
 @CompressionMethodRegistry.register("quantization")
 class QuantizationCompression(MethodFamily):
-    """Makes the method that `method` names, with the other options: "ptq" (the default) or "qat".
+    """Makes the method that `method` names, with the other options: "ptq" (the default), "qat" or
+    "mixed_precision".
 
     Raises:
         OptionError: no such method, or an option it does not have.
@@ -19,4 +21,8 @@ class QuantizationCompression(MethodFamily):
     'qat'
     """
 
-    members: ClassVar[dict[str, type[CompressionMethod]]] = {"ptq": PTQCompression, "qat": QATCompression}
+    members: ClassVar[dict[str, type[CompressionMethod]]] = {
+        "ptq": PTQCompression,
+        "qat": QATCompression,
+        "mixed_precision": MixedPrecisionCompression,
+    }

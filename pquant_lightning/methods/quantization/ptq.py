@@ -1,5 +1,7 @@
 """Post-training quantization: the trained weights and measured ranges of inputs are rounded, once, at the end."""
 
+import logging
+from collections import Counter
 from typing import Any, Literal
 
 from torch import nn
@@ -8,11 +10,25 @@ from pquant_lightning.core.compressed_layer import compressed_layers, weight_of
 from pquant_lightning.core.compression_method import CompressionContext
 from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError
 from pquant_lightning.core.options import check_count
+from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
-from pquant_lightning.methods.quantization._base import QuantizationMethod
+from pquant_lightning.methods.quantization._base import QuantizationMethod, own_layers
 from pquant_lightning.methods.quantization._forms import FLOAT
+from pquant_lightning.methods.quantization._hessian import has_moments
 from pquant_lightning.methods.quantization._integer import IntLayer
+from pquant_lightning.methods.quantization._kernels import why_no_kernel
 from pquant_lightning.methods.quantization._layers import TRAINING_KINDS, QuantLayer
+from pquant_lightning.methods.quantization._rounding import DataRounding, round_with_data
+
+log = logging.getLogger(__name__)
+
+_WORDS = {
+    "nearest": "rounding to nearest",
+    "hqq": "HQQ, without data",
+    "gptq": "GPTQ, with data",
+    "adaround": "AdaRound, with data",
+}
+_WITH_DATA = ("gptq", "adaround")
 
 
 @CompressionMethodRegistry.register("ptq")
@@ -20,10 +36,11 @@ class PTQCompression(QuantizationMethod):
     """Post-training quantization of Linear, Conv, ConvTranspose and Embedding layers.
 
     In a Trainer the model stays in floating point; at the end of fit the ranges of its layers' inputs are measured on
-    training data, and the artefact holds integers. Weights are rounded per output channel (or group), symmetric, below
-    8 bits with the scale of least squared error. Norms, softmax and biases stay in floating point; embeddings have no
-    inputs to round. Batch norms are folded into the layer before them; the mean error of each layer is taken into its
-    bias.
+    training data, and the artefact holds integers. Weights have a grid per output channel (or group), symmetric where
+    the layer computes in integers, else below 8 bits with a zero point. At 8 bits they are rounded to the nearest code;
+    below, by GPTQ where there are data, else to the nearest code of a grid found by HQQ. Norms, softmax and biases stay
+    in floating point; embeddings have no inputs to round. Batch norms are folded into the layer before them; the mean
+    error of each layer is taken into its bias.
 
     Args:
         bits: bits of weights and inputs, 2 to 8.
@@ -33,6 +50,16 @@ class PTQCompression(QuantizationMethod):
             each sample) when it comes; "weight_only" leaves inputs in floating point.
         group_size: so many values along the inputs share a scale, instead of a whole output channel; layers whose
             channels it does not divide keep a scale per channel.
+        rounding: "gptq" chooses the codes of a layer for a small error of its output, on data (embeddings, transposed
+            and 3-d convolutions and weights shared by layers are rounded as by "hqq"); "adaround" learns for the same
+            purpose which weights are rounded up; "hqq" finds the grid for an error of the weights that forgives
+            outliers, without data; "nearest" finds it for the least squared error; "auto" is "nearest" at 8 bits, and
+            below "gptq" with data, "hqq" without. The log says which.
+        data_aware: whether "auto" chooses weights by data: None = where there are some, True = there must be some,
+            False = never.
+        act_order: GPTQ rounds the inputs with the largest second moment first.
+        damping: GPTQ adds this share of the second moment's mean diagonal to the diagonal.
+        max_statistics_bytes: second moments held at a time; more take more passes over the samples.
         fold_norms: fold batch norms away; needs samples of data, to see what feeds them.
         correct_bias: correct the mean output of each layer, by its mean input in calibration.
         overrides: bits of single layers: glob patterns over module names to `bits`, `weight_bits` or `act_bits`; the
@@ -51,7 +78,9 @@ class PTQCompression(QuantizationMethod):
         OptionError: bits outside 2..8 (or 16), 16 for both, or options that exclude each other.
 
     References:
-        Nagel et al., "A White Paper on Neural Network Quantization", 2021, section 3.
+        Nagel et al., "A White Paper on Neural Network Quantization", 2021, section 3. Frantar et al., "GPTQ", 2023.
+        Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020.
+        Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023.
 
     >>> PTQCompression(bits=4, scheme="weight_only", group_size=32).bits_of("fc", False)
     (4, 16)
@@ -59,6 +88,11 @@ class PTQCompression(QuantizationMethod):
 
     scheme: Literal["static", "dynamic", "weight_only"] = "static"
     group_size: int | None = None
+    rounding: Literal["auto", "nearest", "hqq", "gptq", "adaround"] = "auto"
+    data_aware: bool | None = None
+    act_order: bool = True
+    damping: float = 0.01
+    max_statistics_bytes: int = 2**30
     fold_norms: bool = True
     correct_bias: bool = True
 
@@ -68,6 +102,15 @@ class PTQCompression(QuantizationMethod):
         super().validate_config()
         if self.group_size is not None:
             check_count(type(self), "group_size", self.group_size, 2)
+        check_count(type(self), "max_statistics_bytes", self.max_statistics_bytes, 1)
+        if not 0 < self.damping <= 1:
+            raise OptionError(f"PTQCompression: damping is a share in (0, 1], got {self.damping}.")
+        if self.num_samples == 0 and (self.data_aware or self.rounding in _WITH_DATA):
+            raise OptionError("PTQCompression: GPTQ and AdaRound need data, so num_samples is at least 1, got 0.")
+        if self.data_aware is False and self.rounding in _WITH_DATA:
+            raise OptionError(
+                f"PTQCompression: rounding={self.rounding!r} needs data; data_aware=False forbids them. Leave one out."
+            )
         if self.scheme == "weight_only" and self.act_bits not in (None, FLOAT):
             raise OptionError(
                 f"PTQCompression: scheme='weight_only' leaves inputs in floating point, got act_bits={self.act_bits}. "
@@ -78,33 +121,60 @@ class PTQCompression(QuantizationMethod):
 
     @property
     def needs_samples(self) -> bool:
-        return self.scheme == "static"
+        return self.scheme == "static" or bool(self.data_aware) or self.rounding in _WITH_DATA
 
     def bits_of(self, name: str, is_end: bool) -> tuple[int, int]:
         protected = is_end and not (self.first_last_bits is None and self.group_size is not None)
         weight_bits, act_bits = super().bits_of(name, protected)
         return weight_bits, FLOAT if self.scheme == "weight_only" else act_bits
 
-    def layer_options(self, layer: nn.Module, spec: dict[str, Any]) -> dict[str, Any]:
+    def layer_options(self, layer: nn.Module, spec: dict[str, Any], context: CompressionContext) -> dict[str, Any]:
         axis = TRAINING_KINDS[type(layer)].axis
         weight = weight_of(layer)
         divides = self.group_size is not None and (weight.numel() // weight.shape[axis]) % self.group_size == 0
+        group_size = self.group_size if divides else None
+        tied = id(layer.weight) in context.notes.get("tied", ())  # all its users must come to the same codes
+        rounding = self._rounding_of(layer, spec["bits"], context, tied)
         correctable = not isinstance(layer, nn.Embedding) and axis == 0
         return {
             "act": self.scheme if spec["act_bits"] < FLOAT else None,
-            "range": "max" if spec["bits"] == 8 else "mse",
-            "group_size": self.group_size if divides else None,
+            "range": "max" if spec["bits"] == 8 else "mse" if rounding == "nearest" else "hqq",
+            "zero_point": spec["bits"] < 8
+            and not tied
+            and why_no_kernel(layer, spec["act_bits"], group_size) is not None,
+            "rounding": rounding,
+            "group_size": group_size,
             "norm": spec["norm"] if self.fold_norms else None,
             "correct_bias": self.correct_bias and correctable and self.num_samples > 0,
         }
 
+    def _rounding_of(self, layer: nn.Module, bits: int, context: CompressionContext, tied: bool) -> str:
+        wanted = self.rounding
+        if wanted == "auto":
+            data = self.data_aware is not False and context.samples is not None
+            wanted = "nearest" if bits >= 8 else "gptq" if data else "hqq"
+        return "hqq" if wanted in _WITH_DATA and (tied or not has_moments(layer)) else wanted
+
+    def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
+        super().apply(model, plan, context)
+        found = Counter(entry.spec["rounding"] for entry in plan.layers if entry.spec["bits"] < FLOAT)
+        shown = ", ".join(f"{count} layer(s) by {_WORDS[rounding]}" for rounding, count in found.items())
+        log.info("ptq rounds the weights of %s", shown)
+
     def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
         if context.samples is None and self.needs_samples:
+            why = "scheme='static' measures" if self.scheme == "static" else "GPTQ (or AdaRound) rounds weights by"
             raise CalibrationError(
-                "ptq with scheme='static' measures the inputs of the layers: give compress_model a train_loader (a "
-                "loader, a list of batches or a datamodule), or use scheme='dynamic' or 'weight_only'."
+                f"ptq with {why} the inputs of the layers: give compress_model a train_loader (a loader, a list of "
+                "batches or a datamodule), or use scheme='dynamic' or 'weight_only' and rounding='hqq'."
             )
         super().calibrate(model, context)
+        if context.samples is not None:
+            own = own_layers(model, context.by)
+            rounded = {n: layer for n, layer in own.items() if layer.spec["rounding"] in _WITH_DATA}
+            round_with_data(
+                model, rounded, context.samples, DataRounding(self.act_order, self.damping), self.max_statistics_bytes
+            )
 
     @classmethod
     def finalize(cls, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from pquant_lightning.core.errors import OptionError
 from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.schedule import scheduled
+from pquant_lightning.methods.quantization._allocation import choices_of, measure, share_bits
 from pquant_lightning.methods.quantization._base import QuantizationMethod
 from pquant_lightning.methods.quantization._folding import norm_of
 from pquant_lightning.methods.quantization._forms import FLOAT
@@ -49,10 +50,12 @@ class QATCompression(QuantizationMethod):
         freeze_norms: share of the training after which the statistics of the batch norms behind quantized layers stand
             still, and the norms compute what deployment will.
         scale_lr: learning rate of learned scales, relative to that of the weights; they have no weight decay.
+        average_bits: bits per weight on average, shared out over the layers by what rounding each does to the output
+            of the model at the start of fit (see `MixedPrecisionCompression`), instead of equal ones.
         overrides: bits of single layers: glob patterns over module names to `bits`, `weight_bits` or `act_bits`; the
             last pattern that matches counts, e.g. `{"head": {"bits": 8}}`.
         first_last_bits: at least so many bits in the first and the last layer, in models of three layers or more. None
-            means 8.
+            means 8, or what `average_bits` gives them.
         observer: how a range of inputs is chosen from calibration: "histogram" and "mse" for the least squared error
             (each end by itself, or both alike), "minmax", "moving_average" of the batches' extremes, "percentile"
             (99.999), "entropy".
@@ -80,6 +83,7 @@ class QATCompression(QuantizationMethod):
     freeze_observers: float = 0.5
     freeze_norms: float = 0.7
     scale_lr: float = 0.1
+    average_bits: float | None = None
 
     trains = True
 
@@ -96,6 +100,11 @@ class QATCompression(QuantizationMethod):
                 )
         if self.start == 1:
             raise OptionError("QATCompression: start=1 would never round anything; start earlier.")
+        if self.average_bits is not None and (self.average_bits <= 0 or self.weight_bits is not None):
+            raise OptionError(
+                "QATCompression: average_bits is positive and goes without weight_bits, got "
+                f"average_bits={self.average_bits}, weight_bits={self.weight_bits}."
+            )
         if self.scale_lr <= 0:
             raise OptionError(f"QATCompression: scale_lr is a positive factor, got {self.scale_lr}.")
         if self.initial_bits is not None and not 2 <= self.initial_bits <= 8:
@@ -105,7 +114,20 @@ class QATCompression(QuantizationMethod):
                 f"QATCompression: bits are lowered between start and end, got start={self.start}, end={self.end}."
             )
 
-    def layer_options(self, layer: nn.Module, spec: dict[str, Any]) -> dict[str, Any]:
+    def bits_of(self, name: str, is_end: bool) -> tuple[int, int]:
+        return super().bits_of(name, is_end and not (self.average_bits is not None and self.first_last_bits is None))
+
+    def shared_bits(
+        self, model: nn.Module, layers: dict[str, nn.Module], context: CompressionContext
+    ) -> dict[str, Any]:
+        if self.average_bits is None:
+            return {}
+        losses = measure(self, model, layers, context, "fisher", 32)
+        choices, owner_of = choices_of(self, layers, context, losses)
+        bits = share_bits(choices, self.average_bits)
+        return {"sensitivities": losses, "bits": {name: bits[owner] for name, owner in owner_of.items()}}
+
+    def layer_options(self, layer: nn.Module, spec: dict[str, Any], context: CompressionContext) -> dict[str, Any]:
         def chosen(bits: int) -> str:
             return ("lsq" if bits < _LEARNS_BELOW else "ste") if self.quantizer == "auto" else self.quantizer
 

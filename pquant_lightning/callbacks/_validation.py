@@ -1,0 +1,62 @@
+"""Validation of a copy of the model that is being fitted, by a Trainer of its own, so that the fit notices nothing."""
+
+import copy
+import logging
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from pquant_lightning.core.errors import OptionError, known
+
+
+def check_logged(monitor: str, metrics: Any) -> None:
+    """Checks that a metric has been logged.
+
+    Raises:
+        OptionError: it has not; the message lists those that have.
+    """
+    if monitor not in metrics:
+        logged = known(monitor, list(metrics)) if metrics else "Nothing is logged: give the fit validation data."
+        raise OptionError(f"monitor={monitor!r} is not logged by the validation. {logged}")
+
+
+def validated(trainer: Trainer, module: LightningModule, monitor: str) -> float:
+    """The metric of a model over the running fit's validation data; the model is not attached to any Trainer.
+
+    Raises:
+        OptionError: the metric is not logged, or there are no validation data.
+    """
+    loaders = trainer.val_dataloaders
+    if not loaders:
+        check_logged(monitor, {})
+    own_log = logging.getLogger("lightning.pytorch")
+    level = own_log.level
+    own_log.setLevel(logging.ERROR)
+    try:
+        runner = Trainer(
+            accelerator=trainer.strategy.root_device.type,
+            devices=1,
+            precision=trainer.precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=trainer.limit_val_batches,
+            default_root_dir=trainer.default_root_dir,
+        )
+        found = runner.validate(module, dataloaders=loaders, verbose=False)
+    finally:
+        own_log.setLevel(level)
+    metrics = {name: float(value) for result in found for name, value in result.items()}
+    check_logged(monitor, metrics)
+    return metrics[monitor]
+
+
+def detached(module: LightningModule) -> LightningModule:
+    """A copy of the model that belongs to no Trainer and compresses nothing."""
+    wrapped = module.__dict__.pop("configure_model", None)
+    try:
+        return copy.deepcopy(module)
+    finally:
+        if wrapped is not None:
+            module.__dict__["configure_model"] = wrapped
