@@ -63,6 +63,18 @@ def check_share(owner: type, name: str, value: float) -> None:
         raise OptionError(f"{owner.__name__}: {name} is a share that is kept, in (0, 1], got {value!r}.")
 
 
+def check_rank_or_share(owner: type, name: str, value: Any) -> None:
+    """Checks the chosen member of the either/or group `rank`, a count, and `param_ratio` or the like, a share.
+
+    Raises:
+        OptionError: it is out of range.
+    """
+    if name == "rank":
+        check_count(owner, name, value, low=1)
+    else:
+        check_share(owner, name, value)
+
+
 def _parts(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 

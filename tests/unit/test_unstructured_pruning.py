@@ -19,9 +19,10 @@ from pquant_lightning import (
 from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.compression_method import CompressionContext
 from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError, PQuantError
+from pquant_lightning.core.moments import input_rows
 from pquant_lightning.core.serialization import read_artifact
 from pquant_lightning.methods.pruning import _second_order
-from pquant_lightning.methods.pruning._second_order import input_rows, sparse_gpt, squared_input_norms
+from pquant_lightning.methods.pruning._second_order import sparse_gpt, squared_input_norms
 from tests.models import MLP, ConvNet, TiedTransformer, Transformer, built
 
 
@@ -156,7 +157,7 @@ LAYERS = {
 def test_input_rows_are_what_the_weight_is_multiplied_with(name: str) -> None:
     layer, shape = LAYERS[name]
     x = torch.randn(shape)
-    out = input_rows(layer, x) @ layer.weight.detach().flatten(1).T + layer.bias.detach()
+    out = input_rows(layer, x)[0] @ layer.weight.detach().flatten(1).T + layer.bias.detach()
     expected = layer(x).detach()
     torch.testing.assert_close(
         out, expected.movedim(1, -1).flatten(0, -2) if name != "linear" else out, atol=1e-5, rtol=1e-4
@@ -171,7 +172,7 @@ def test_norms_are_those_of_the_input_rows(name: str) -> None:
     x = torch.randn(shape)
     samples = Samples.take([x], shape[0])
     norms = squared_input_norms(nn.Sequential(layer), ["0"], samples)["0"]
-    expected = input_rows(layer, x).square().sum(0)
+    expected = input_rows(layer, x)[0].square().sum(0)
     torch.testing.assert_close(norms.flatten(), expected.flatten())
 
 

@@ -12,7 +12,7 @@ from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compr
 from pquant_lightning.core.compression_method import CompressionContext, LayerMethod
 from pquant_lightning.core.errors import OptionError
 from pquant_lightning.core.layer_adapter import layer_spec
-from pquant_lightning.core.options import check_count, check_share, one_of
+from pquant_lightning.core.options import check_count, check_rank_or_share, one_of
 from pquant_lightning.core.plan import LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.methods.low_rank import _factorizations as math_of
@@ -88,11 +88,7 @@ class FactorizationCompression(LayerMethod):
 
     def validate_config(self) -> None:
         super().validate_config()
-        name, value = self._target()
-        if name == "rank":
-            check_count(type(self), name, value, low=1)
-        else:
-            check_share(type(self), name, value)
+        check_rank_or_share(type(self), *self._target())
         for option, low in (("blocks", 2), ("iterations", 1)):
             if getattr(self, option) is not None:
                 check_count(type(self), option, getattr(self, option), low=low)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pquant_lightning.core.calibration import Samples, reduced, run_samples, visit_inputs
+from pquant_lightning.core.calibration import Samples, run_samples
 from pquant_lightning.core.layer_adapter import NORMS
-from pquant_lightning.methods.pruning._second_order import input_rows
+from pquant_lightning.core.moments import InputMoments, collect_moments
 from pquant_lightning.methods.pruning._sized import Removed, Units, places_of
 
 log = logging.getLogger(__name__)
@@ -33,15 +33,8 @@ def reconstruct(model: nn.Module, groups: Sequence[Units], removed: Removed, sam
         fits = isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d) and getattr(layer, "groups", 1) == 1
         if attribute == "weight" and dim == 1 and fits:
             lost[name] = indices
-    moments: dict[str, Any] = {}
-
-    def visit(name: str, x: Tensor) -> None:
-        rows = input_rows(model.get_submodule(name), x.float())
-        rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1)
-        moments[name] = moments.get(name, 0) + rows.T @ rows
-
-    visit_inputs(model, list(lost), samples, visit)
-    moments = {name: reduced(moment, samples) for name, moment in moments.items()}
+    found = collect_moments(model, list(lost), samples)
+    moments = {name: _with_constant(moments) for name, moments in found.items()}
     for name, moment in moments.items():
         conv: Any = model.get_submodule(name)
         kept = torch.ones(moment.shape[0], dtype=torch.bool)
@@ -54,6 +47,13 @@ def reconstruct(model: nn.Module, groups: Sequence[Units], removed: Removed, sam
     if missed := [name for name in lost if name not in moments]:
         log.warning("Calibration never reached %s: not reconstructed.", ", ".join(missed))
     return list(moments)
+
+
+def _with_constant(moments: InputMoments) -> Tensor:
+    """The second moment of the inputs with a 1 appended, `(in + 1, in + 1)`."""
+    mean, second = moments.mean[0], moments.second[0]
+    above = torch.cat([second, mean[:, None]], 1)
+    return torch.cat([above, torch.cat([mean, mean.new_ones(1)])[None]])
 
 
 def _with_bias(layer: Any) -> Tensor:

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from pquant_lightning.core.calibration import Samples, reduced, visit_inputs
 from pquant_lightning.core.layer_adapter import as_torch, build_layer, layer_spec
+from pquant_lightning.core.moments import MomentSource
 
 _MAX_BYTES = 2**30  # of the Hessians held at one time
 _BLOCK = 128  # columns pruned before the others are corrected
@@ -66,62 +66,17 @@ def prune_with_correction(model: nn.Module, targets: dict[str, tuple[float, Any]
     Returns:
         The layers that were not reached, and are left as they are.
     """
-    missed, waiting = [], list(targets)
-    while waiting:
-        group: list[str] = []
-        size = 0
-        while waiting and (not group or size + _hessian_bytes(model, waiting[0]) <= _MAX_BYTES):
-            size += _hessian_bytes(model, waiting[0])
-            group.append(waiting.pop(0))
-        found = _hessians(model, group, samples)
-        missed += [name for name in group if name not in found]
-        for name, hessian in found.items():
-            weight: Any = model.get_submodule(name).weight
-            sparsity, pattern = targets[name]
-            rows = sparse_gpt(weight.detach().flatten(1), reduced(hessian, samples), sparsity, pattern)
-            with torch.no_grad():
-                weight.copy_(rows.reshape(weight.shape))
+    source, missed = MomentSource(model, list(targets), samples, _MAX_BYTES), []
+    for name, (sparsity, pattern) in targets.items():
+        moments = source.get(name)
+        if moments is None:
+            missed.append(name)
+            continue
+        weight: Any = model.get_submodule(name).weight
+        rows = sparse_gpt(weight.detach().flatten(1), moments.second[0], sparsity, pattern)
+        with torch.no_grad():
+            weight.copy_(rows.reshape(weight.shape))
     return missed
-
-
-def _hessian_bytes(model: nn.Module, name: str) -> int:
-    weight: Any = model.get_submodule(name).weight
-    return 4 * int(weight[0].numel()) ** 2
-
-
-def _hessians(model: nn.Module, names: list[str], samples: Samples) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-
-    def visit(name: str, x: Tensor) -> None:
-        rows = input_rows(model.get_submodule(name), x.float())
-        product = rows.T @ rows
-        found[name] = found[name] + product if name in found else product
-
-    visit_inputs(model, names, samples, visit)
-    return found
-
-
-def input_rows(layer: Any, x: Tensor) -> Tensor:
-    """What a layer's weight, as `(outputs, inputs)`, is multiplied with: `(positions, inputs)`."""
-    if isinstance(layer, nn.Linear):
-        return x.flatten(0, -2)
-    if isinstance(layer, nn.Conv1d):
-        x = x.unsqueeze(-2)
-    flat = (1,) if isinstance(layer, nn.Conv1d) else ()
-    kernel, stride, dilation = ((*flat, *value) for value in (layer.kernel_size, layer.stride, layer.dilation))
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    margins: list[int] = []
-    for size, step, padding in zip(layer.kernel_size[::-1], layer.dilation[::-1], _paddings(layer)[::-1], strict=True):
-        whole = step * (size - 1) if padding is None else 2 * padding
-        margins += [whole // 2, whole - whole // 2]
-    patches = F.unfold(F.pad(x, margins, mode=mode), kernel, dilation, 0, stride)
-    return patches.movedim(1, -1).flatten(0, -2)
-
-
-def _paddings(layer: Any) -> list[int | None]:
-    if isinstance(layer.padding, str):
-        return [None if layer.padding == "same" else 0] * len(layer.kernel_size)
-    return list(layer.padding)
 
 
 def sparse_gpt(weight: Tensor, hessian: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> Tensor:
@@ -129,7 +84,7 @@ def sparse_gpt(weight: Tensor, hessian: Tensor, sparsity: float, pattern: tuple[
 
     Args:
         weight: `(outputs, inputs)`.
-        hessian: X X^T, `(inputs, inputs)`.
+        hessian: X X^T, `(inputs, inputs)`, at any scale.
         sparsity: share of zeros in each block of 128 columns.
         pattern: N weights of any M successive ones stay; None = free.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pquant_lightning.core.compressed_layer import Stage, weight_of
 from pquant_lightning.core.compression_method import CompressionContext, LayerMethod
 from pquant_lightning.core.layer_adapter import layer_spec
-from pquant_lightning.core.options import check_count, check_share, one_of
+from pquant_lightning.core.options import check_rank_or_share, one_of
 from pquant_lightning.core.plan import LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.methods.tensor_networks._convs import (
@@ -149,11 +149,7 @@ class CPCompression(LayerMethod):
 
     def validate_config(self) -> None:
         super().validate_config()
-        name, value = self._target()
-        if name == "rank":
-            check_count(type(self), name, value, low=1)
-        else:
-            check_share(type(self), name, value)
+        check_rank_or_share(type(self), *self._target())
 
     def _target(self) -> tuple[str, Any]:
         return one_of(type(self), {"rank": 64}, rank=self.rank, param_ratio=self.param_ratio)

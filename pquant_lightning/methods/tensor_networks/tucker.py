@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pquant_lightning.core.compressed_layer import Stage, weight_of
 from pquant_lightning.core.compression_method import CompressionContext, LayerMethod
 from pquant_lightning.core.layer_adapter import layer_spec
-from pquant_lightning.core.options import check_count, check_share, one_of
+from pquant_lightning.core.options import check_rank_or_share, one_of
 from pquant_lightning.core.plan import LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.methods.tensor_networks._convs import from_kernel, pointwise, spatial, to_kernel, why_no_kernel
@@ -78,11 +78,7 @@ class TuckerCompression(LayerMethod):
 
     def validate_config(self) -> None:
         super().validate_config()
-        name, value = self._target()
-        if name == "rank":
-            check_count(type(self), name, value, low=1)
-        else:
-            check_share(type(self), name, value)
+        check_rank_or_share(type(self), *self._target())
 
     def _target(self) -> tuple[str, Any]:
         return one_of(type(self), {"param_ratio": 0.5}, rank=self.rank, param_ratio=self.param_ratio)
