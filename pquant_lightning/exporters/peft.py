@@ -18,7 +18,9 @@ from pquant_lightning.core.compression_method import matches
 from pquant_lightning.core.errors import CheckpointError, ModelError, known
 from pquant_lightning.core.layer_adapter import as_torch, build_layer, layer_spec
 from pquant_lightning.core.partial import fingerprint, own_tensors, plain_name
+from pquant_lightning.core.plan import LayerPlan
 from pquant_lightning.core.serialization import atomic_file
+from pquant_lightning.core.splitting import planned_splits, split_as_planned, split_view
 from pquant_lightning.core.surgery import replace_layer
 from pquant_lightning.methods.low_rank._lora_layers import LORA_KINDS, LoRAConv, LoRAEmbedding, LoRALayer
 from pquant_lightning.methods.low_rank.lora import FROM_FILE, adapters, train_adapters
@@ -224,11 +226,17 @@ def load_adapter(model: Model, path: str | Path) -> Model:
             others[name] = tensor
     if not groups:
         raise CheckpointError(f"{path} holds no LoRA factors.")
-    below = {name: _below(model, name) for name in groups}
+    view = split_view(model)
+    below = {name: _below(view, name) for name in groups}
     _check_base(model, header, below)
-    patterns = [n for n, _ in model.named_modules() if any(_ends(n, e) for e in config.get("modules_to_save") or ())]
-    new = {name: _build(name, below[name], parts, config, patterns) for name, parts in groups.items()}
-    targets = _places(model, new, others)
+    patterns = [n for n, _ in view.named_modules() if any(_ends(n, e) for e in config.get("modules_to_save") or ())]
+    splits = planned_splits(view, [LayerPlan(name, {}) for name in groups], FROM_FILE)
+    for attempt in (view, model) if splits else (model,):  # nothing is changed before all has been checked
+        if attempt is model:
+            split_as_planned(model, splits)
+        below = {name: _below(attempt, name) for name in groups}
+        new = {name: _build(name, below[name], parts, config, patterns) for name, parts in groups.items()}
+        targets = _places(attempt, new, others)
     for name, layer in new.items():
         replace_layer(model, name, layer)
     with torch.no_grad():

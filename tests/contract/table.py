@@ -112,7 +112,7 @@ TABLE: dict[str, MethodRows] = {
     ),
     "lora": MethodRows(
         LoRACallback,
-        rows=({"r": 2}, {"r": 2, "init": "pissa", "use_dora": True}, {"r": 4, "use_rslora": True, "bias": "lora_only"}),
+        rows=({"r": 2}, {"r": 4, "init": "pissa", "use_dora": True, "bias": "lora_only"}),
         lossless={"r": 2, "init": "olora"},
         tolerance=1e-6,  # bit for bit, but stock encoders leave their fast path
         ladder=(),

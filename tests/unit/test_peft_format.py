@@ -308,3 +308,19 @@ def test_tensors_that_do_not_fit(key: str, tensor: Tensor, message: str, tmp_pat
     with pytest.raises(CheckpointError, match=message):
         load_adapter(model, tmp_path)
     assert not adapters(model)
+
+
+def test_adapters_of_split_attention_come_back(tmp_path: Path) -> None:
+    def encoder() -> nn.Module:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        return nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)).eval()
+
+    model, x = compress_model(encoder(), "lora", r=2), torch.randn(3, 5, 16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
+    save_adapter(model, tmp_path)
+    again = load_adapter(encoder(), tmp_path).eval()
+    assert any(name.endswith("self_attn.q_proj") for name in adapters(again))
+    torch.testing.assert_close(again(x), model.eval()(x))

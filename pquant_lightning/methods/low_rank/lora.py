@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers, weight_of
-from pquant_lightning.core.compression_method import CompressionContext, LayerMethod, check_patterns, matches
-from pquant_lightning.core.errors import ModelError, OptionError
+from pquant_lightning.core.compression_method import CompressionContext, LayerMethod, matches
+from pquant_lightning.core.errors import ModelError, OptionError, known
 from pquant_lightning.core.options import check_count
 from pquant_lightning.core.plan import CompressionPlan, LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
@@ -111,18 +111,8 @@ class LoRACompression(LayerMethod):
     # -- planning ----------------------------------------------------------------------------------------------------
 
     def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
-        check_patterns(model, "modules_to_save", self.modules_to_save or [])
-        check_patterns(model, "rank_pattern", self.rank_pattern or {})
-        check_patterns(model, "alpha_pattern", self.alpha_pattern or {})
         plan = super().plan(model, context)
-        self._check_patterns_used(plan)
-        if self.init == "loftq":
-            deployed = [e.name for e in plan.layers if isinstance(model.get_submodule(e.name), CompressedLayer)]
-            if deployed:
-                raise ModelError(
-                    f"init='loftq' needs float weights, and layer {deployed[0]!r} holds integers. Use another init, or "
-                    "start from the float model: callbacks=[LoRACallback(init='loftq'), QATCallback(bits=4)]."
-                )
+        self._check_patterns(plan, [name for name, _ in model.named_modules() if name])
         ranks = [entry.spec["r"] for entry in plan.layers]
         if ranks and max(ranks) < self.r and not self.rank_pattern:
             raise OptionError(
@@ -131,12 +121,16 @@ class LoRACompression(LayerMethod):
             )
         return plan
 
-    def _check_patterns_used(self, plan: CompressionPlan) -> None:
-        """An alpha (or a rank) for a layer without an adapter would do nothing."""
+    def _check_patterns(self, plan: CompressionPlan, modules: list[str]) -> None:
+        """A pattern that matches nothing, or an alpha or rank for a layer without an adapter, would do nothing."""
         reasons = {skip.name: skip.reason for skip in plan.skipped}
-        for option in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, option) or {}:
-                if not any(matches(entry.name, pattern) for entry in plan.layers):
+        layers = [entry.name for entry in plan.layers]
+        names = list(dict.fromkeys([*modules, *layers, *reasons]))
+        for option in ("modules_to_save", "rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, option) or ():
+                if not any(matches(name, pattern) for name in names):
+                    raise ModelError(f"The {option} pattern {pattern!r} matches no layer. {known(pattern, names)}")
+                if option != "modules_to_save" and not any(matches(name, pattern) for name in layers):
                     why = next((reason for name, reason in reasons.items() if matches(name, pattern)), "it is no layer")
                     raise OptionError(
                         f"LoRACompression: {option} names {pattern!r}, where no layer gets an adapter ({why}). Take "
@@ -151,6 +145,12 @@ class LoRACompression(LayerMethod):
             return Skip(name, "trained as it is (modules_to_save)")
         if getattr(layer, "max_norm", None) is not None:
             return Skip(name, "its max_norm rewrites the weight in the forward")
+        assert isinstance(layer.weight, torch.Tensor)
+        if self.init == "loftq" and layer.weight.is_meta:
+            raise ModelError(
+                f"init='loftq' needs float weights, and layer {name!r} holds integers. Use another init, or start from "
+                "the float model: callbacks=[LoRACallback(init='loftq'), QATCallback(bits=4)]."
+            )
         return {
             "kind": kind.kind,
             "r": self._rank(name, layer, kind),
