@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pquant_lightning.core.compressed_layer import CompressedLayer, Stage
+from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, weight_of
 from pquant_lightning.core.compression_method import (
     CompressionContext,
     CompressionMethod,
@@ -233,7 +233,10 @@ class UnstructuredPruning(CompressionMethod):
                 return "sparsity 0 leaves it as it is"
             if self.min_saving > 0 and saving < self.min_saving:
                 return f"a file with {sparsity:.0%} zeros would save {max(saving, 0.0):.0%}"
-            rows = weight_rows(weight)
+            rows, ordinary = weight_rows(weight), as_torch(module)
+            turned = ordinary is not None and weight_of(ordinary).shape != weight.shape
+            if spec["pattern"] is not None and turned:
+                return "its weight lies the other way round, and a pattern runs along the inputs"
             if spec["pattern"] is not None and rows.shape[1] % _pattern(spec["pattern"])[1]:
                 return f"its {rows.shape[1]} inputs are no multiple of the pattern {spec['pattern']}"
             if spec["block_size"] is not None and any(
@@ -449,7 +452,7 @@ def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
     own = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() > 1 and p.is_floating_point()}
     ordinary = as_torch(module)
     if ordinary is not None:
-        return {name: p for name, p in own.items() if p is ordinary.weight}
+        return {name: p for name, p in own.items() if p is ordinary.weight or name == "weight"}
     if isinstance(module, tuple(SUPPORTED)):  # of a subclass, whose forward may differ: its weight is a weight still
         return {name: p for name, p in own.items() if name == "weight"}
     return own if isinstance(module, CompressedLayer | nn.MultiheadAttention | nn.RNNBase) else {}
