@@ -104,7 +104,7 @@ class TestData:
 
     def test_too_few_samples_are_said(self, data, caplog):
         compress_model(Deep(), "low_rank", train_loader=data, rank=4, num_samples=30)
-        assert "2 layers (fc2, fc3) were seen at fewer positions than they have inputs" in caplog.text
+        assert "2 layer(s) (fc2, fc3) were seen at fewer positions than they have inputs" in caplog.text
 
     def test_layers_that_are_not_reached_are_said(self, caplog):
         class Half(nn.Module):

@@ -297,7 +297,7 @@ class LowRankCompression(TyingMethod):
             )
         if notes["singular"]:
             log.warning(
-                "%d layers (%s) were seen at fewer positions than they have inputs: their moments are singular, and "
+                "%d layer(s) (%s) were seen at fewer positions than they have inputs: their moments are singular, and "
                 "what the samples do not show is kept by the weights alone (damping). Raise num_samples=%d, or give "
                 "more data.",
                 len(notes["singular"]),
