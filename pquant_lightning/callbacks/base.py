@@ -23,7 +23,14 @@ from pquant_lightning.callbacks._monitors import reset_monitors, reset_would_mat
 from pquant_lightning.callbacks._optimizers import follow_resized, repair_optimizers
 from pquant_lightning.core._private import averaged_models, launches_copies, resume_path
 from pquant_lightning.core.calibration import Samples, first_samples, run_samples
-from pquant_lightning.core.compressed_layer import compressed_layers, install_hook, is_hooked, read_specs, rebuild
+from pquant_lightning.core.compressed_layer import (
+    Stage,
+    compressed_layers,
+    install_hook,
+    is_hooked,
+    read_specs,
+    rebuild,
+)
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod
 from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.errors import (
@@ -109,7 +116,8 @@ class _MethodCallback(Callback):
 
     def compress(self, trainer: Trainer, module: LightningModule) -> None:
         """Plans on rank 0, applies everywhere; does nothing where this callback's layers are in the model already."""
-        own = [layer for layer in compressed_layers(module).values() if layer.spec.get("by") == self.state_key]
+        layers = [layer for layer in compressed_layers(module).values() if layer.stage is not Stage.UNFUSE]
+        own = [layer for layer in layers if layer.spec.get("by") == self.state_key]
         if any(layer.deployed for layer in own):
             raise ModelError(
                 f"{type(module).__name__} is finalized: the layers of {self.state_key} hold integers, which cannot be "

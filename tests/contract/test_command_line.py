@@ -97,12 +97,12 @@ def test_help_prints_every_option_with_its_text(name: str, capsys: pytest.Captur
     with pytest.raises(SystemExit) as stopped:
         main(["fit", f"--trainer.callbacks.help={callback.__name__}"])
 
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # lines may end at a hyphen
     assert stopped.value.code == 0
     for option in [*options, "name", "reset_monitors"]:
         documented = docstring_of(callback if option in ("name", "reset_monitors") else method, option)
         assert f".{option} " in printed
-        assert documented in printed
+        assert documented.replace("- ", "-") in printed
 
 
 def docstring_of(documented: Any, option: str) -> str:

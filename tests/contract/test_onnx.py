@@ -34,6 +34,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("embedding", "ptq", {"bits": 4, "scheme": "weight_only"}),
     ("linear", "low_rank", {"rank": 4}),
     ("conv2d", "low_rank", {"rank": 2}),
+    ("conv2d", "low_rank", {"rank": 2, "split": "spatial"}),
     ("conv_transpose2d", "low_rank", {"rank": 2}),
     ("embedding", "low_rank", {"rank": 4}),
     ("linear", "factorization", {"kind": "kronecker", "rank": 4}),
