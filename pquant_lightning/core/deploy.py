@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pquant_lightning.core._private import MODULE_TABLE, TENSOR_TABLES, shallow_copy
 from pquant_lightning.core.compressed_layer import (
@@ -178,7 +179,10 @@ def share_copy(model: Model, device: str | None = None) -> Model:
         if tensor is None or device is None:
             return tensor
         if id(tensor) not in tensors:
-            moved = tensor.detach().to(device)
+            if isinstance(tensor, DTensor):  # what this process holds of it stands for nothing
+                moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            else:
+                moved = tensor.detach().to(device)
             is_parameter = isinstance(tensor, nn.Parameter)
             tensors[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
         return tensors[id(tensor)]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Form = Literal["before", "now"]
 Kept = tuple[tuple[int, Tensor], ...]  # dimensions that have lost indices, and those that are left
@@ -94,6 +95,12 @@ def arrange(root: nn.Module, carrier: str, group: Mapping[str, Any], form: Form,
                 setattr(root.get_submodule(name), attribute, value[form])
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All values of a tensor that may be sharded, on every process; to be called on all of them."""
+    values = tensor.detach()
+    return values.full_tensor() if isinstance(values, DTensor) else values
+
+
 def _like(old: Tensor, new: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
@@ -102,7 +109,7 @@ def take(tensors: Mapping[int, tuple[Tensor, Kept]]) -> dict[int, Tensor]:
     """What is left of parameters and buffers, by the id of each, as `replace_tensors` takes it."""
     new = {}
     for key, (old, kept) in tensors.items():
-        small = old.detach()
+        small = whole(old)
         for dim, indices in kept:
             small = small.index_select(dim, indices)
         new[key] = _like(old, small)

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from pquant_lightning import LowRankCallback, PruningCallback, QATCallback
+from pquant_lightning import LowRankCallback, PruningCallback, QATCallback, StructuredPruningCallback
 from pquant_lightning.core.compressed_layer import compressed_layers
 from tests.models import MLP
 
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("root", type=Path)
     parser.add_argument("--distributed-checkpoint", action="store_true")
     parser.add_argument("--prune", action="store_true", help="prune instead")
+    parser.add_argument("--channels", action="store_true", help="prune channels instead")
     options = parser.parse_args()
 
     def trainer(epochs: int) -> Trainer:
@@ -42,6 +43,8 @@ def main() -> None:
         callbacks: list[Callback] = [LowRankCallback(rank=4), QATCallback(bits=8)]
         if options.prune:
             callbacks = [PruningCallback(sparsity=0.8, include=["*"], min_saving=0.0)]
+        if options.channels:
+            callbacks = [StructuredPruningCallback(sparsity=0.5, round_to=1)]
         return Trainer(
             accelerator="cpu",
             devices=2,

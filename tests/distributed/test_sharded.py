@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from pquant_lightning import load_compressed
 from tests.distributed.launch import both_ranks
+from tests.models import MLP
 
 
 @pytest.mark.parametrize("arguments", [[], ["--distributed-checkpoint"]], ids=["full", "sharded"])
@@ -27,3 +30,18 @@ def test_pruning_sharded_weights(tmp_path: Path) -> None:
     assert one["full"] == zero["full"]
     weights = [value for name in ("fc1", "fc2", "head") for value in zero["full"][f"{name}.weight"]]
     assert weights.count(0.0) == round(0.8 * len(weights))
+
+
+def test_channels_of_sharded_weights(tmp_path: Path) -> None:
+    zero, one = both_ranks("fit_sharded", tmp_path, "--channels")
+    assert zero["tested_equal"]
+    assert zero["moved"]
+    assert one["full"] == zero["full"]
+    rows = (
+        torch.tensor(zero["full"]["fc1.weight"]).reshape(32, 16),
+        torch.tensor(zero["full"]["fc2.weight"]).reshape(24, 32),
+    )
+    dead = [int((weight == 0).all(1).sum()) for weight in rows]
+    small = load_compressed(MLP, tmp_path / "compressed.safetensors")
+    assert sum(dead) == 28
+    assert (small.fc1.out_features, small.fc2.out_features) == (32 - dead[0], 24 - dead[1])

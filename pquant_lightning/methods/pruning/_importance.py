@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 from pquant_lightning.core.calibration import Samples, visit_inputs
 from pquant_lightning.core.layer_adapter import NORMS, channel_dim
-from pquant_lightning.core.structure import tensor_at
+from pquant_lightning.core.structure import tensor_at, whole
 
 Part = tuple[str, int, Tensor]  # see `Units`
 
 
 def per_unit(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
     """A tensor's values by unit: `(units, values)`, float32."""
-    rows = tensor.detach().movedim(dim, 0).flatten(1) if tensor.dim() > 1 else tensor.detach()[:, None]
+    values = whole(tensor)
+    rows = values.movedim(dim, 0).flatten(1) if values.dim() > 1 else values[:, None]
     return rows.float()[indices.to(rows.device).flatten()].reshape(indices.shape[0], -1)
 
 
@@ -93,7 +94,7 @@ def activation(model: nn.Module, groups: Sequence[Sequence[Part]], samples: Samp
             continue
         total = torch.zeros(parts[0][2].shape[0])
         for name, dim, indices in found:
-            norms = tensor_at(model, name).detach().float().movedim(dim, 0).flatten(1).norm(dim=1)
+            norms = whole(tensor_at(model, name)).float().movedim(dim, 0).flatten(1).norm(dim=1)
             product = norms * energy[name.rpartition(".")[0]].sqrt()
             total = total.to(product.device) + product[indices.to(product.device).flatten()].reshape(indices.shape).sum(
                 1

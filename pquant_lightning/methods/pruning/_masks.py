@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pquant_lightning.core.deploy import pack_bits, unpack_bits
+from pquant_lightning.core.structure import whole
 
 _NOTED = 0.1  # from this share of exact zeros on, a weight is taken to have been pruned before
 
@@ -23,11 +24,6 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds; writing to it writes to the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All values of a tensor, on every process."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def of_zeros(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

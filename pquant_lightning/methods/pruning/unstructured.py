@@ -23,6 +23,7 @@ from pquant_lightning.core.options import check_count, one_of
 from pquant_lightning.core.plan import CompressionPlan, LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.schedule import scheduled
+from pquant_lightning.core.structure import whole
 from pquant_lightning.methods.pruning import _masks, _second_order
 from pquant_lightning.methods.pruning._selection import keep_largest, keep_largest_in_rows
 
@@ -370,7 +371,7 @@ class UnstructuredPruning(CompressionMethod):
 
     def _choose(self, model: nn.Module, state: dict[str, Any], level: float) -> dict[str, Tensor]:
         """Masks at a level of the schedule, in [0, 1]: the old zeros, and the least important of the others."""
-        weights = {name: _masks.whole(model.get_parameter(name)) for name in state["targets"]}
+        weights = {name: whole(model.get_parameter(name)) for name in state["targets"]}
         old = _masks.unpacked(state["masks"] or {}, weights)
         absolute = self.criterion == "magnitude"
         scores = {}
