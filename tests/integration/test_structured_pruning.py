@@ -186,6 +186,18 @@ def test_a_second_fit_keeps_the_units(tmp_path: Path) -> None:
     assert dead_rows(model.fc1) == len(removed[0])
 
 
+def test_a_callback_of_another_fit_takes_the_model_as_it_is(tmp_path: Path) -> None:
+    fits = [StructuredPruningCallback(criterion=criterion) for criterion in ("l2", "random")]
+    models: list[Any] = [
+        fit(quiet_trainer(tmp_path, [callback], max_epochs=EPOCHS), built(MLP, seed))
+        for seed, callback in enumerate(fits)
+    ]
+    removed = models[1].fc1.spec["group"]["removed"]
+    assert models[0].fc1.spec["group"]["removed"] != removed
+    fit(quiet_trainer(tmp_path, [fits[0]], max_epochs=1), models[1])
+    assert models[1].fc1.spec["group"]["removed"] == removed
+
+
 def test_a_finalized_model_trains_on(tmp_path: Path) -> None:
     small: Any = compress_model(built(MLP), "structured_pruning", train_loader=MLP.loader())
     fit(quiet_trainer(tmp_path, [], max_epochs=2), small)

@@ -280,9 +280,9 @@ class StructuredPruning(CompressionMethod):
 
     def attach(self, model: nn.Module, state: dict[str, Any]) -> None:
         found = carrier_of(model)
-        if state or found is None:
+        if found is None or state.get("removed") == found[1].spec["group"]["removed"]:
             return
-        group = found[1].spec["group"]
+        group = found[1].spec["group"]  # the state may be that of another model
         gone = sum(group["counts"]) - sum(units.count for units in groups_of(model)) + sum(map(len, group["removed"]))
         state.update(level=min(1.0, gone / max(1, sum(group["removes"]))), removed=group["removed"], scores=[])
 
