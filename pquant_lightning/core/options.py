@@ -23,7 +23,8 @@ def check_type(owner: type, name: str, value: object) -> None:
     if _matches(value, hint):
         return
     choices = [choice for part in _parts(hint) if get_origin(part) is Literal for choice in get_args(part)]
-    if choices and isinstance(value, str):
+    named = all(part in (None, type(None)) or get_origin(part) is Literal for part in _parts(hint))
+    if choices and named and isinstance(value, str):
         raise OptionError(f"{owner.__name__} has no {name} {value!r}. {known(value, map(str, choices))}")
     shown = " or ".join(_readable(part) for part in _parts(hint))
     raise OptionError(f"{owner.__name__} takes {shown} for {name}, got {value!r} ({type(value).__name__}).")

@@ -1,5 +1,6 @@
 """What compression did, in numbers: parameters, stored bytes, multiply-accumulates and error, layer by layer."""
 
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from pquant_lightning.core.deploy import (
     sparse_count,
     stored_bytes,
 )
+from pquant_lightning.core.errors import ModelError
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import Skip
 from pquant_lightning.core.splitting import split_like
@@ -228,7 +230,8 @@ def _sparse_layers(model: nn.Module) -> dict[str, tuple[int, float]]:
     if not any(sparse_count(parameter) is not None for parameter in model.parameters()):
         return {}
     model = share_copy(model)
-    finalize_across_layers(model)
+    with contextlib.suppress(ModelError):  # what cannot be deployed yet counts as it is
+        finalize_across_layers(model)
     deployed: dict[str, nn.Module] = {}
     changed = changed_layers(model)
     for name, final in iter_deployed(model):

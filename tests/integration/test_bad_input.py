@@ -90,10 +90,10 @@ def test_a_fit_that_cannot_be(tmp_path: Path, make: Any, callbacks: Any, message
     ("options", "message"),
     [
         ({"rnak": 4}, "LowRankCompression has no option 'rnak'. Did you mean 'rank'"),
-        ({"rank": "4"}, "takes int or None for rank, got '4'"),
+        ({"rank": "4"}, "takes int or 'evbmf' or None for rank, got '4'"),
         ({"rank": 0}, "rank is a count, at least 1, got 0"),
         ({"energy": 1.5}, r"energy is a share that is kept, in \(0, 1\], got 1.5"),
-        ({"rank": 4, "energy": 0.9}, "one of rank, energy, param_ratio; got rank=4, energy=0.9"),
+        ({"rank": 4, "energy": 0.9}, "one of rank, energy, param_ratio, budget; got rank=4, energy=0.9"),
         ({"method": "factorisation"}, "has no method 'factorisation'.*'factorization'"),
         ({"method": "factorization", "energy": 0.9}, "FactorizationCompression has no option 'energy'"),
         ({"retract": "orthogonal"}, "has no retract 'orthogonal'.*'orthonormal'"),

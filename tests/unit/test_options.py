@@ -88,7 +88,7 @@ def test_a_count_outside_is_named_with_its_bounds(value, high, bounds):
     ("method", "options", "message"),
     [
         (LowRankCompression, {"rnk": 8}, "no option 'rnk'.*Did you mean 'rank'"),
-        (LowRankCompression, {"rank": "8"}, "takes int or None for rank, got '8'"),
+        (LowRankCompression, {"rank": "8"}, "takes int or 'evbmf' or None for rank, got '8'"),
         (LowRankCompression, {"rank": 8.0}, "for rank, got 8.0"),
         (LowRankCompression, {"rank": True}, "for rank, got True"),
         (LowRankCompression, {"rank": 0}, "rank is a count.*got 0"),
@@ -97,7 +97,11 @@ def test_a_count_outside_is_named_with_its_bounds(value, high, bounds):
         (LowRankCompression, {"energy": 1.5}, "got 1.5"),
         (LowRankCompression, {"energy": math.nan}, "got nan"),
         (LowRankCompression, {"param_ratio": 2}, "param_ratio is a share.*got 2"),
-        (LowRankCompression, {"rank": 8, "energy": 0.9}, "one of rank, energy, param_ratio; got rank=8, energy=0.9"),
+        (
+            LowRankCompression,
+            {"rank": 8, "energy": 0.9},
+            "one of rank, energy, param_ratio, budget; got rank=8, energy=0.9",
+        ),
         (LowRankCompression, {"method": "svdd"}, "no method 'svdd'.*Did you mean 'svd'"),
         (LowRankCompression, {"include": "fc*"}, r"include, got 'fc\*'"),
         (LowRankCompression, {"min_saving": 1.0}, "min_saving.*got 1.0"),

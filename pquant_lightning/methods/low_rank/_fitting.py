@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from pquant_lightning.core.compressed_layer import weight_of
 from pquant_lightning.core.moments import InputMoments
+from pquant_lightning.methods.low_rank import _truncated_svd
 from pquant_lightning.methods.low_rank._layers import (
     Kind,
     TruncatedSVDConvTranspose,
     TruncatedSVDSpatialConv,
     weight_matrix,
 )
-from pquant_lightning.methods.low_rank._truncated_svd import Factors, truncated_svd
+from pquant_lightning.methods.low_rank._truncated_svd import Factors
 
 DAMPING = 0.01
 """Share of the mean second moment that is added to all, as in SparseGPT and GPTQ."""
@@ -79,20 +80,20 @@ def projected(matrix: Tensor, root: Tensor, rank: int) -> tuple[Factors, float]:
         Its singular value decomposition, and ||(W - W') S||^2 / ||W S||^2.
     """
     if rank >= min(matrix.shape[1:]):
-        return truncated_svd(matrix, rank), 0.0
+        return _truncated_svd.truncated_svd(matrix, rank), 0.0
     scaled = matrix @ root.to(matrix.dtype)
-    left, values, _ = truncated_svd(scaled, rank)
+    left, values, _ = _truncated_svd.truncated_svd(scaled, rank)
     lost = 1 - float(values.double().square().sum() / scaled.double().square().sum().clamp_min(1e-300))
     # for m > n the columns of vanishing values are rough, or zero: QR completes the basis
     left = torch.linalg.qr(left * values.unsqueeze(-2)).Q
-    u, s, vh = truncated_svd(left.mT @ matrix, rank)
+    u, s, vh = _truncated_svd.truncated_svd(left.mT @ matrix, rank)
     return (left @ u, s, vh), max(lost, 0.0)
 
 
 def as_product(left: Tensor, right: Tensor) -> Factors:
     """The singular value decomposition of `left @ right`, `(groups, m, r)` and `(groups, r, n)`, from its factors."""
     basis, upper = torch.linalg.qr(left)
-    u, s, vh = truncated_svd(upper @ right, left.shape[-1])
+    u, s, vh = _truncated_svd.truncated_svd(upper @ right, left.shape[-1])
     return basis @ u, s, vh
 
 
@@ -193,7 +194,7 @@ def fit_rows(rows: Tensor, moments: InputMoments, rank: int, centred: bool) -> t
     """Factors for a weight `(groups, m, n)` whose inputs have these moments, and their error (see `projected`)."""
     wanted = regressed(rows, moments, centred)
     root = damped_root(covariance(moments, centred))
-    return (truncated_svd(wanted, rank), 0.0) if root is None else projected(wanted, root, rank)
+    return (_truncated_svd.truncated_svd(wanted, rank), 0.0) if root is None else projected(wanted, root, rank)
 
 
 def fit(layer: nn.Module, kind: Kind, rank: int, moments: InputMoments) -> Fit:
@@ -234,7 +235,7 @@ def _fit_spatial(
     matrix = kind.to_matrix(wanted.reshape(shape), groups)
     root = damped_root(column_moment(moment, width))
     if root is None:
-        return truncated_svd(matrix, rank), 0.0
+        return _truncated_svd.truncated_svd(matrix, rank), 0.0
     factors, _ = projected(matrix, root, rank)
     if rank < min(matrix.shape[1:]):
         factors = refit_across(wanted, factors, moment, width)
@@ -248,7 +249,7 @@ def fit_layer(layer: nn.Module, kind: Kind, rank: int, moments: InputMoments | N
     if moments is not None:
         return fit(layer, kind, rank, moments)
     matrix = weight_matrix(layer, kind).detach()
-    factors = truncated_svd(matrix, rank)
+    factors = _truncated_svd.truncated_svd(matrix, rank)
     return Fit(factors, None, lost_share(matrix, factors[1]))
 
 
