@@ -68,7 +68,7 @@ class DataAwareMethod(LayerMethod):
 
     def _usable(self, model: nn.Module, samples: Samples | None) -> Samples | None:
         """The samples, or None where there are none, or the model does not run on them and need not."""
-        if samples is None:
+        if samples is None or not self.wanted_samples:
             return None
         try:
             for _ in run_samples(model, Samples((first_samples(samples.batches[0], 2),), samples.run)):
