@@ -16,6 +16,9 @@ from pquant_lightning.core.layer_adapter import as_torch
 
 log = logging.getLogger(__name__)
 
+DAMPING = 0.01
+"""Share of the mean second moment that is added to all, as in SparseGPT and GPTQ."""
+
 _MAX_ROWS = 2**22  # numbers that the windows of a convolution take at a time: 16 MiB
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -241,3 +244,49 @@ def _parts(model: nn.Module, names: Sequence[str], max_bytes: int) -> Iterator[l
         held += size
     if part:
         yield part
+
+
+# -- what follows from moments -----------------------------------------------------------------------------------------
+
+
+def covariance(moments: InputMoments, centred: bool) -> Tensor:
+    """E[x x^T] `(groups, n, n)`, around the mean where a bias takes care of that."""
+    if not centred:
+        return moments.second
+    return moments.second - moments.mean.unsqueeze(-1) * moments.mean.unsqueeze(-2)
+
+
+def damped_root(moment: Tensor, damping: float = DAMPING) -> Tensor | None:
+    """Lower triangular S `(groups, n, n)` with S S^T = C + damping * mean(diag C) * I; None for a moment of zero.
+
+    Where rounding leaves that indefinite, ten times as much is added, and so on.
+    """
+    level = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    if not bool((level > 0).all()):
+        return None
+    while True:
+        damped = moment.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(damping * level.unsqueeze(-1))
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.any():
+            return root
+        damping *= 10
+
+
+def energy(matrix: Tensor, moment: Tensor) -> float:
+    """tr(W C W^T), summed over groups: E ||W x||^2."""
+    return float(((matrix @ moment.to(matrix.dtype)) * matrix).sum(dtype=torch.float64))
+
+
+def mean_shift(before: Tensor, after: Tensor, moments: InputMoments) -> Tensor:
+    """What must be added to the bias so that the mean output stays, `(groups * outputs,)`."""
+    reference = moments.mean if moments.reference_mean is None else moments.reference_mean
+    wanted = before @ reference.to(before.dtype).unsqueeze(-1)
+    given = after @ moments.mean.to(after.dtype).unsqueeze(-1)
+    return (wanted - given).flatten()
+
+
+def column_moment(moment: Tensor, width: int) -> Tensor:
+    """Of moments over windows (inputs * height * width) those of single columns, `(groups, in * h, in * h)`, summed."""
+    groups, n = moment.shape[0], moment.shape[1] // width
+    return moment.reshape(groups, n, width, n, width).diagonal(dim1=2, dim2=4).sum(-1)

@@ -318,6 +318,22 @@ def test_low_rank_factors_are_pruned(tmp_path: Path) -> None:
     assert int((model.fc1.first.weight == 0).sum()) > 0
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_adapters_are_left_alone_and_what_they_wrap_is_pruned_only_if_it_trains(trained: bool, tmp_path: Path) -> None:
+    adapted: Any = compress_model(built(MLP), "lora", r=2, include=["fc2"], modules_to_save=["fc1", "head"])
+    adapted.fc2.base.weight.requires_grad_(trained)
+    options = {"sparsity": 0.5, "scope": "layer", "end": 0.5, **ALL}
+    reasons = {skip.name: skip.reason for skip in UnstructuredPruning(**options).plan(adapted).skipped}
+    model: Any = fit(quiet_trainer(tmp_path, [PruningCallback(**options)], max_epochs=EPOCHS), adapted)
+    found = {name: int(mask.sum()) for name, mask in zeros(model).items()}
+    assert found["fc2.lora_A"] == 0
+    assert found["fc2.lora_B"] <= 2  # of 48: those of a dead unit have no gradient
+    assert found["fc2.base.weight"] == (384 if trained else 0)
+    assert found["fc1.weight"] == 256
+    assert "its own weights" in reasons["fc2"]
+    assert ("frozen inside the layer" in reasons.get("fc2.base", "")) is not trained
+
+
 def test_two_pruning_callbacks(tmp_path: Path) -> None:
     callbacks = [
         PruningCallback(sparsity=0.5, include=["fc1"], name="one"),

@@ -7,10 +7,10 @@ from torch import nn
 
 from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.compressed_layer import CompressedLayer
-from pquant_lightning.core.moments import InputMoments, collect_moments, has_moments
+from pquant_lightning.core.moments import InputMoments, collect_moments, damped_root, has_moments
 from pquant_lightning.methods.low_rank import _fitting
 from pquant_lightning.methods.low_rank._choices import losses, macs_per_position, offers, why_slower
-from pquant_lightning.methods.low_rank._fitting import damped_root, fit, fit_layer
+from pquant_lightning.methods.low_rank._fitting import fit, fit_layer
 from pquant_lightning.methods.low_rank._layers import (
     TruncatedSVDConv,
     TruncatedSVDLinear,
@@ -25,8 +25,7 @@ from pquant_lightning.methods.low_rank._ranks import evbmf_rank
 
 @pytest.fixture
 def no_damping(monkeypatch):
-    monkeypatch.setattr(_fitting, "DAMPING", 1e-7)
-    monkeypatch.setattr(_fitting.damped_root, "__defaults__", (1e-7,))
+    monkeypatch.setattr(damped_root, "__defaults__", (1e-7,))
     monkeypatch.setattr(_fitting, "REGRESSION_DAMPING", 1e-7)
 
 

@@ -6,15 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from pquant_lightning.core.compressed_layer import weight_of
-from pquant_lightning.core.moments import InputMoments
+from pquant_lightning.core.moments import InputMoments, column_moment, covariance, damped_root
 from pquant_lightning.core.plan import Candidate
 from pquant_lightning.methods.low_rank import _truncated_svd
 from pquant_lightning.methods.low_rank._fitting import (
     Fit,
     across_losses,
-    column_moment,
-    covariance,
-    damped_root,
     fit_layer,
     lost_share,
 )

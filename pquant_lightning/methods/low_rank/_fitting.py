@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from pquant_lightning.core.compressed_layer import weight_of
-from pquant_lightning.core.moments import InputMoments
+from pquant_lightning.core.moments import (
+    InputMoments,
+    column_moment,
+    covariance,
+    damped_root,
+    energy,
+    mean_shift,
+)
 from pquant_lightning.methods.low_rank import _truncated_svd
 from pquant_lightning.methods.low_rank._layers import (
     Kind,
@@ -23,11 +30,8 @@ from pquant_lightning.methods.low_rank._layers import (
 )
 from pquant_lightning.methods.low_rank._truncated_svd import Factors
 
-DAMPING = 0.01
-"""Share of the mean second moment that is added to all, as in SparseGPT and GPTQ."""
-
 REGRESSION_DAMPING = 0.1
-"""The same where a weight is corrected for changed inputs: that fits many more numbers to the same samples."""
+"""Damping where a weight is corrected for changed inputs: that fits many more numbers to the same samples."""
 
 
 class Fit(NamedTuple):
@@ -42,30 +46,6 @@ class Fit(NamedTuple):
     factors: Factors
     shift: Tensor | None
     loss: float
-
-
-def covariance(moments: InputMoments, centred: bool) -> Tensor:
-    """E[x x^T] `(groups, n, n)`, around the mean where a bias takes care of that."""
-    if not centred:
-        return moments.second
-    return moments.second - moments.mean.unsqueeze(-1) * moments.mean.unsqueeze(-2)
-
-
-def damped_root(moment: Tensor, damping: float = DAMPING) -> Tensor | None:
-    """Lower triangular S `(groups, n, n)` with S S^T = C + damping * mean(diag C) * I; None for a moment of zero.
-
-    Where rounding leaves that indefinite, ten times as much is added, and so on.
-    """
-    level = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-    if not bool((level > 0).all()):
-        return None
-    while True:
-        damped = moment.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(damping * level.unsqueeze(-1))
-        root, failed = torch.linalg.cholesky_ex(damped)
-        if not failed.any():
-            return root
-        damping *= 10
 
 
 def projected(matrix: Tensor, root: Tensor, rank: int) -> tuple[Factors, float]:
@@ -112,25 +92,6 @@ def regressed(matrix: Tensor, moments: InputMoments, centred: bool) -> Tensor:
         return matrix
     change = torch.cholesky_solve((matrix.double() @ cross.double()).mT, root).mT
     return (matrix.double() + change).to(matrix.dtype)
-
-
-def energy(matrix: Tensor, moment: Tensor) -> float:
-    """tr(W C W^T), summed over groups: E ||W x||^2."""
-    return float(((matrix @ moment.to(matrix.dtype)) * matrix).sum(dtype=torch.float64))
-
-
-def mean_shift(before: Tensor, after: Tensor, moments: InputMoments) -> Tensor:
-    """What must be added to the bias so that the mean output stays, `(groups * outputs,)`."""
-    reference = moments.mean if moments.reference_mean is None else moments.reference_mean
-    wanted = before @ reference.to(before.dtype).unsqueeze(-1)
-    given = after @ moments.mean.to(after.dtype).unsqueeze(-1)
-    return (wanted - given).flatten()
-
-
-def column_moment(moment: Tensor, width: int) -> Tensor:
-    """Of moments over windows (inputs * height * width) those of single columns, `(groups, in * h, in * h)`, summed."""
-    groups, n = moment.shape[0], moment.shape[1] // width
-    return moment.reshape(groups, n, width, n, width).diagonal(dim1=2, dim2=4).sum(-1)
 
 
 def across_products(rows: Tensor, keep: Tensor, moment: Tensor, width: int) -> tuple[Tensor, Tensor]:

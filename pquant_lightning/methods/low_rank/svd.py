@@ -6,16 +6,16 @@ from typing import Any, Literal
 
 from torch import nn
 
-from pquant_lightning.core.calibration import Samples, first_samples, is_distributed, run_samples
+from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.compressed_layer import Stage
 from pquant_lightning.core.compression_method import CompressionContext
-from pquant_lightning.core.errors import CalibrationError, OptionError
+from pquant_lightning.core.data_aware import DataAwareMethod, moments_of
+from pquant_lightning.core.errors import OptionError
 from pquant_lightning.core.layer_adapter import as_torch
-from pquant_lightning.core.moments import InputMoments, MomentSource, has_moments
 from pquant_lightning.core.options import check_count, check_share, one_of
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
-from pquant_lightning.core.splitting import split_as_planned, split_view
+from pquant_lightning.core.splitting import split_view
 from pquant_lightning.methods.low_rank._choices import Choice, choose, offers, why_slower
 from pquant_lightning.methods.low_rank._fitting import fit_layer
 from pquant_lightning.methods.low_rank._layers import (
@@ -30,7 +30,7 @@ from pquant_lightning.methods.low_rank._layers import (
 )
 from pquant_lightning.methods.low_rank._probing import output_weights
 from pquant_lightning.methods.low_rank._retraction import retract_factors, with_retraction
-from pquant_lightning.methods.low_rank._sequential import apply_in_order
+from pquant_lightning.methods.low_rank._sequential import Apply, apply_in_order
 from pquant_lightning.methods.low_rank._shared_budget import BUDGETS, allowed_offers, probe_of, share_budget
 from pquant_lightning.methods.low_rank._ties import TyingMethod, tie_factors
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 @CompressionMethodRegistry.register("low_rank")
-class LowRankCompression(TyingMethod):
+class LowRankCompression(DataAwareMethod, TyingMethod):
     """Truncated SVD of Linear, Conv, ConvTranspose and Embedding layers at the start of fit.
 
     Give at most one of `rank`, `energy`, `param_ratio` and `budget`; none means `rank=64`. A layer that would not get
@@ -109,10 +109,7 @@ class LowRankCompression(TyingMethod):
     budget: dict[str, float] | None = None
     round_to: int = 1
     split: Literal["auto", "channel", "spatial"] = "auto"
-    data_aware: bool | None = None
     sequential: bool = False
-    num_samples: int = 300
-    max_statistics_bytes: int = 2**30
     retract: Literal["balanced", "orthonormal"] | None = None
     method: Literal["svd", "factorization"] = "svd"
 
@@ -128,8 +125,6 @@ class LowRankCompression(TyingMethod):
         elif value != "evbmf":
             check_count(type(self), name, value, low=1)
         check_count(type(self), "round_to", self.round_to, low=1)
-        check_count(type(self), "num_samples", self.num_samples, low=1)
-        check_count(type(self), "max_statistics_bytes", self.max_statistics_bytes, low=1)
         if self.sequential and self.data_aware is False:
             raise OptionError(
                 "LowRankCompression: sequential=True fits layers to data, which data_aware=False forbids. Remove one."
@@ -150,53 +145,23 @@ class LowRankCompression(TyingMethod):
     # -- data --------------------------------------------------------------------------------------------------------
 
     @property
-    def wanted_samples(self) -> int:
-        return 0 if self.data_aware is False else self.num_samples
-
-    @property
-    def wanted_samples_in_trainer(self) -> int:
-        return self.num_samples if self.needs_samples else 0
-
-    @property
     def needs_samples(self) -> bool:
-        return self.data_aware is True or self.sequential
-
-    def _usable(self, model: nn.Module, samples: Samples | None) -> Samples | None:
-        """The samples, or None where there are none, or the model does not run on them and need not."""
-        if samples is None:
-            return None
-        try:
-            for _ in run_samples(model, Samples((first_samples(samples.batches[0], 2),), samples.run)):
-                pass
-        except CalibrationError as error:
-            if self.needs_samples:
-                raise
-            log.warning("low_rank goes on without data: %s", error)
-            return None
-        return samples
-
-    def _source(self, model: nn.Module, samples: Samples) -> MomentSource:
-        layers = {name: as_torch(module) for name, module in self._targets(model, [])}
-        names = [name for name, layer in layers.items() if layer is not None and has_moments(layer)]
-        return MomentSource(model, names, samples, self.max_statistics_bytes)
+        return super().needs_samples or self.sequential
 
     # -- planning ----------------------------------------------------------------------------------------------------
 
     def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
-        context = context or CompressionContext(by=self.name)
+        context = self.with_source(model, context)
         model = split_view(model, context.kept)
-        samples = context.notes["samples"] = self._usable(model, context.samples)
-        if samples is not None:
-            # one process plans; all of them measure again when the plan is applied
-            context.notes["source"] = self._source(model, samples.on_one_process())
         if self.budget is not None:
-            chosen = self._share_budget(self.budget, model, context, samples)
+            chosen = self._share_budget(self.budget, model, context)
             context = replace(context, notes={**context.notes, "chosen": chosen})
         return with_retraction(super().plan(model, context), self.retract)
 
     def _share_budget(
-        self, budget: dict[str, float], model: nn.Module, context: CompressionContext, samples: Samples | None
+        self, budget: dict[str, float], model: nn.Module, context: CompressionContext
     ) -> dict[str, LayerPlan]:
+        samples = context.notes["samples"]
         found: dict[str, list[Candidate]] = {}
         survey = super().plan(model, replace(context, notes={**context.notes, "offers": found}))
         layers = {entry.name: as_torch(model.get_submodule(entry.name)) for entry in survey.layers}
@@ -220,7 +185,7 @@ class LowRankCompression(TyingMethod):
             return choice or Skip(name, f"the budget {self.budget} leaves it as it is")
         kinds = self._kinds(layer)
         target, value = self._target()
-        options = (target, value, self.round_to, _moments_of(name, context), len(kinds) > 1)
+        options = (target, value, self.round_to, moments_of(name, context), len(kinds) > 1)
         choices = [choose(layer, kind, *options) for kind in kinds]
         found = [choice for choice in choices if isinstance(choice, Choice)]
         if not found:
@@ -238,43 +203,23 @@ class LowRankCompression(TyingMethod):
         return kinds[:1] if self.split == "channel" or self._target()[0] == "rank" else kinds
 
     def candidates(self, name: str, module: nn.Module, context: CompressionContext | None) -> list[Candidate]:
-        moments = None if context is None else _moments_of(name, context)
+        moments = moments_of(name, context)
         found = [offer for kind in self._kinds(module) for offer in offers(module, kind, self.round_to, moments)]
         return sorted(found, key=lambda candidate: candidate.size_bytes)
 
     # -- applying ----------------------------------------------------------------------------------------------------
 
-    def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
-        context = context or CompressionContext(by=plan.by)
-        notes = context.notes
-        samples = notes["samples"] if "samples" in notes else self._usable(model, context.samples)
-        if samples is None and self.needs_samples:
-            raise CalibrationError(
-                "low_rank with data_aware=True or sequential=True measures the inputs of the layers: give "
-                "compress_model a train_loader (a loader, a list of batches or a datamodule)."
-            )
-        if samples is None:
-            super().apply(model, plan, context)
+    def apply_with(
+        self, samples: Samples, apply: Apply, model: nn.Module, plan: CompressionPlan, context: CompressionContext
+    ) -> None:
+        if not self.sequential:
+            super().apply_with(samples, apply, model, plan, context)
             return
-        split_as_planned(model, plan.splits)
-        notes["singular"], notes["unreached"] = [], []
-        if self.sequential:
-            apply_in_order(super().apply, model, plan, samples, context)
-            tie_factors(model, plan)
-        else:
-            if "source" not in notes or is_distributed():
-                notes["source"] = self._source(model, samples)
-            notes["source"].collect_first()
-            super().apply(model, plan, context)
-        self._report_data(plan, context, samples)
+        apply_in_order(apply, model, plan, samples, context)
+        tie_factors(model, plan)
 
     def fill(self, new: LowRankLayer, old: nn.Module, plan: LayerPlan, context: CompressionContext) -> None:
-        moments = _moments_of(plan.name, context)
-        if "source" in context.notes and has_moments(old):
-            if moments is None:
-                context.notes["unreached"].append(plan.name)
-            elif moments.count < moments.second.shape[-1]:
-                context.notes["singular"].append(plan.name)
+        moments = self.note_fit(old, plan, context)
         found = plan.scratch or fit_layer(old, type(new), new.spec["rank"], moments)
         fill_factors(new, old, found.factors)
         if found.shift is not None:
@@ -286,26 +231,3 @@ class LowRankCompression(TyingMethod):
     def project(self, model: nn.Module, state: dict[str, Any]) -> None:
         if self.retract is not None:
             retract_factors(model)
-
-    def _report_data(self, plan: CompressionPlan, context: CompressionContext, samples: Samples) -> None:
-        source, notes = context.notes.get("source"), context.notes
-        passes = f" in {source.passes} passes (max_statistics_bytes)" if source and source.passes > 1 else ""
-        log.info("low_rank has fitted layers to their inputs in %d samples%s.", samples.count, passes)
-        if notes["unreached"]:
-            log.warning(
-                "The samples never reach %s: factors of the least weight error instead.", ", ".join(notes["unreached"])
-            )
-        if notes["singular"]:
-            log.warning(
-                "%d layer(s) (%s) were seen at fewer positions than they have inputs: their moments are singular, and "
-                "what the samples do not show is kept by the weights alone (damping). Raise num_samples=%d, or give "
-                "more data.",
-                len(notes["singular"]),
-                ", ".join(notes["singular"][:5]) + ("" if len(notes["singular"]) <= 5 else ", ..."),
-                self.num_samples,
-            )
-
-
-def _moments_of(name: str, context: CompressionContext) -> InputMoments | None:
-    source = context.notes.get("source")
-    return None if source is None else source.get(name)

@@ -44,7 +44,8 @@ class UnstructuredPruning(CompressionMethod):
 
     Parameters keep their names and shapes: a checkpoint loads into the plain model with plain Lightning. The masks are
     part of the callback's state (one bit per weight). Left alone unless `include` names them: embeddings, the first and
-    the last layer; always: biases and norms.
+    the last layer; always: biases, norms, and of layers that wrap another one (adapters) their own small factors and a
+    frozen inner layer.
 
     `compress_model` prunes at once. It cannot use the criteria that need gradients (snip, taylor, movement).
 
@@ -178,8 +179,15 @@ class UnstructuredPruning(CompressionMethod):
         skipped: list[Skip] = []
         owners: dict[int, str] = {}
         closed: list[str] = []
+        wrapped: list[str] = []
         for name, module in model.named_modules():
             if any(name.startswith(f"{prefix}.") for prefix in closed):
+                continue
+            if isinstance(module, CompressedLayer) and module.wraps is not None and module.stage <= self.stage:
+                wrapped.append(f"{name}.{module.wraps}" if name else module.wraps)
+                skipped.append(
+                    Skip(name, chosen(name) or f"its own weights ({module.described()}) are few", context.by)
+                )
                 continue
             if isinstance(module, CompressedLayer) and module.stage > self.stage:
                 closed.append(name)
@@ -187,6 +195,8 @@ class UnstructuredPruning(CompressionMethod):
                 continue
             weights = _weights(module)
             reason = why_unsupported(module) if not weights else chosen(name)
+            if weights and reason is None and any(f"{name}.".startswith(f"{prefix}.") for prefix in wrapped):
+                reason = _why_not_wrapped(weights)
             if weights and reason is None:
                 reason = self._why_left(name, module, weights, owners, ends)
             spec = self._spec(name)
@@ -457,6 +467,16 @@ def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
     if isinstance(module, tuple(SUPPORTED)):  # of a subclass, whose forward may differ: its weight is a weight still
         return {name: p for name, p in own.items() if name == "weight"}
     return own if isinstance(module, CompressedLayer | nn.MultiheadAttention | nn.RNNBase) else {}
+
+
+def _why_not_wrapped(weights: dict[str, nn.Parameter]) -> str | None:
+    """Why what another layer wraps is left alone; None where it trains."""
+    if any(weight.requires_grad for weight in weights.values()):
+        return None
+    return (
+        "is frozen inside the layer that adapts it, and its zeros would be filled when that is merged: prune before "
+        "adapting, or after merging"
+    )
 
 
 def weight_rows(weight: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def cp_als(tensor: Tensor, rank: int, num_rows: int, sweeps: int = SWEEPS) -> li
     factors = _orthonormal_terms(matrix, modes, num_rows, rank)
     if rank < cp_full_rank(modes, num_rows):
         factors = _iterate(matrix, factors, num_rows, sweeps)
-    return _balanced(factors)
+    return balanced_terms(factors)
 
 
 def cp_full_rank(modes: list[int], num_rows: int) -> int:
@@ -161,7 +161,7 @@ def _product(grams: list[Tensor]) -> Tensor:
     return product
 
 
-def _balanced(factors: list[Tensor]) -> list[Tensor]:
+def balanced_terms(factors: list[Tensor]) -> list[Tensor]:
     """The same terms with vectors of equal norms: modes of one scale train well."""
     norms = [torch.linalg.vector_norm(factor, dim=1, keepdim=True) for factor in factors]  # (batch, 1, R)
     mean = _product(norms).pow(1 / len(factors))

@@ -1,5 +1,6 @@
 """What all layers of this family share: parts that are ordinary layers, and the weight that they stand for."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from pquant_lightning.core._private import MODULE_HOOKS
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, weight_of
 from pquant_lightning.core.layer_adapter import SUPPORTED, build_layer
+from pquant_lightning.methods.tensor_networks._convs import is_transposed
 
 
 class FactoredLayer(CompressedLayer, stage=Stage.FACTORIZE):
@@ -44,6 +46,17 @@ class FactoredLayer(CompressedLayer, stage=Stage.FACTORIZE):
     def weight(self) -> Tensor:
         """The weight of the layer this one stands for, computed from the parts; read-only."""
         return self.dense_weight()
+
+    def macs_per_position(self) -> int:
+        """Multiply-accumulates per output position (input position of a transposed convolution)."""
+        specs, total = self.part_specs(self.spec), 0
+        transposed = is_transposed(self.spec["layer"])
+        for place, spec in enumerate(specs):
+            around = specs[:place] if transposed else specs[place + 1 :]
+            positions = math.prod(math.prod(other["stride"]) for other in around)
+            weight = spec["in_channels"] * spec["out_channels"] // spec["groups"] * math.prod(spec["kernel_size"])
+            total += positions * weight
+        return total
 
     def forward(self, x: Tensor) -> Tensor:
         for part in self.parts:

@@ -71,6 +71,11 @@ class _TrainMatrix(FactoredLayer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
 
+    def set_factors(self, factors: Sequence[Tensor], bias: nn.Parameter | None) -> None:
+        """Takes the cores `(1, r_k, row_k * column_k, r_{k+1})` of the train."""
+        sizes = self.shape.cores
+        self.set_weights([self.to_part(core.reshape(size)) for core, size in zip(factors, sizes, strict=True)], bias)
+
     def described(self) -> str:
         return f"tensor train {'-'.join(map(str, self.spec['ranks'][1:-1]))}"
 
@@ -95,6 +100,9 @@ class TensorTrainLinear(_TrainMatrix, kind="tensor_train_linear"):
             {"type": "Linear", "in_features": rank * in_, "out_features": out * right, "bias": False}
             for rank, out, in_, right in train_shape(spec).cores
         ]
+
+    def macs_per_position(self) -> int:
+        return min(sum(step.macs for step in route.steps) for route in self.shape.routes)
 
     @staticmethod
     def to_part(core: Tensor) -> Tensor:
@@ -151,6 +159,9 @@ class TensorTrainEmbedding(_TrainMatrix, kind="tensor_train_embedding"):
             {"type": "Embedding", "num_embeddings": num, "embedding_dim": rank * dim * right}
             for rank, num, dim, right in train_shape(spec).cores
         ]
+
+    def macs_per_position(self) -> int:
+        return self.shape.look_up.macs
 
     @staticmethod
     def to_part(core: Tensor) -> Tensor:
@@ -216,7 +227,7 @@ class TensorTrainConv(FactoredLayer, kind="tensor_train_conv"):
         first, last = pointwise(layer, channels[1], ranks[1]), pointwise(layer, ranks[-2], channels[0], layer["bias"])
         return [first, *inner, last]
 
-    def set_cores(self, cores: list[Tensor], bias: nn.Parameter | None) -> None:
+    def set_factors(self, cores: list[Tensor], bias: nn.Parameter | None) -> None:
         """Takes a train over the modes in, kernel, ..., out: `(groups, r_k, n_k, r_{k+1})` each."""
         steps = kernel_steps(self.spec["layer"]["kernel_size"])
         kernels = [cores[0].transpose(1, 3)]  # (groups, r_1, in, 1)

@@ -1,18 +1,17 @@
 """CP: a convolution as 1x1, depthwise, 1x1; a Linear whose tensorized weight is a sum of rank-one terms."""
 
-import math
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pquant_lightning.core.compressed_layer import Stage, weight_of
-from pquant_lightning.core.compression_method import CompressionContext, LayerMethod
+from pquant_lightning.core.compressed_layer import weight_of
 from pquant_lightning.core.layer_adapter import layer_spec
+from pquant_lightning.core.moments import InputMoments
 from pquant_lightning.core.options import check_rank_or_share, one_of
-from pquant_lightning.core.plan import LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.methods.tensor_networks._base import TensorNetworkMethod, output_moment
 from pquant_lightning.methods.tensor_networks._convs import (
     depthwise,
     from_kernel,
@@ -20,8 +19,9 @@ from pquant_lightning.methods.tensor_networks._convs import (
     to_kernel,
     why_no_kernel,
 )
-from pquant_lightning.methods.tensor_networks._cp_als import cp_als, cp_dense, cp_full_rank, khatri_rao
+from pquant_lightning.methods.tensor_networks._cp_als import balanced_terms, cp_als, cp_dense, cp_full_rank, khatri_rao
 from pquant_lightning.methods.tensor_networks._layers import FactoredLayer, plain_weights
+from pquant_lightning.methods.tensor_networks._output_fit import fit_cp_matrix, fit_kernel, padded_matrix
 from pquant_lightning.methods.tensor_networks._sizes import matrix_modes
 
 _ROWS = 2  # leading modes that make the rows of the matrix which is decomposed
@@ -86,6 +86,9 @@ class CPLinear(FactoredLayer, kind="cp_linear"):
         out_1, out_2, in_1, in_2 = factors
         self.set_weights([in_2.mT, in_1.mT, out_1.mT, out_2], bias)
 
+    def macs_per_position(self) -> int:
+        return int(self.spec["rank"] * (self.spec["layer"]["in_features"] + self.spec["layer"]["out_features"]))
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """The weight as `outputs @ inputs.T`: `(out, R)` and `(in, R)`."""
         in_2, in_1, out_1, out_2 = self.weights()
@@ -117,7 +120,7 @@ class CPLinear(FactoredLayer, kind="cp_linear"):
 
 
 @CompressionMethodRegistry.register("cp")
-class CPCompression(LayerMethod):
+class CPCompression(TensorNetworkMethod):
     """CP of Conv and ConvTranspose layers with a kernel, and of Linear layers, at the start of fit, by stable ALS.
 
     The sizes of a Linear are split into two balanced factors each (padded where they have none). Give at most one of
@@ -127,6 +130,12 @@ class CPCompression(LayerMethod):
         rank: number of rank-one terms, per group, a count; at most as many as make the decomposition exact.
         param_ratio: share of each layer's weights that is kept at most, in (0, 1]; gives the rank per layer. A Linear
             gets no more terms than those with which it needs as many multiply-accumulates as before.
+        data_aware: fit the factors to the inputs of the layers, which are measured on samples of the training data, for
+            the least error of the outputs. None does so where there are data and no training follows: in
+            `compress_model` with a `train_loader`, not in a Trainer.
+        num_samples: samples of the training data to measure the inputs on.
+        max_statistics_bytes: what the measured moments may take at a time; more than that are measured in several
+            passes.
         include: glob patterns over module names; only matching layers are changed. None means all.
         exclude: glob patterns over module names; matching layers are left alone.
         min_saving: least share of a layer's stored bytes that must go, else the layer is left alone; 0 asks nothing.
@@ -145,38 +154,55 @@ class CPCompression(LayerMethod):
     rank: int | None = None
     param_ratio: float | None = None
 
-    stage = Stage.FACTORIZE
-
     def validate_config(self) -> None:
         super().validate_config()
-        check_rank_or_share(type(self), *self._target())
+        check_rank_or_share(type(self), *self.target())
 
-    def _target(self) -> tuple[str, Any]:
+    def target(self) -> tuple[str, Any]:
         return one_of(type(self), {"rank": 64}, rank=self.rank, param_ratio=self.param_ratio)
 
-    def plan_layer(self, name: str, layer: nn.Module, context: CompressionContext) -> LayerPlan | Skip:
-        if not isinstance(layer, nn.Linear) and (reason := why_no_kernel(layer)) is not None:
-            return Skip(name, reason)
+    def why_not(self, layer: nn.Module) -> str | None:
+        if isinstance(layer, nn.Linear):
+            return "has a side of length 1: it is a vector" if min(layer.weight.shape) == 1 else None
+        return why_no_kernel(layer)
+
+    def spec_for(self, layer: nn.Module, target: str, value: Any, moments: InputMoments | None) -> dict[str, Any] | str:
         spec: dict[str, Any] = {"kind": CPConv.kind}
         if isinstance(layer, nn.Linear):
-            row_modes, column_modes = matrix_modes(weight_of(layer).shape, 2)
-            if min(weight_of(layer).shape) == 1:
-                return Skip(name, "has a side of length 1: it is a vector")
+            row_modes, column_modes = matrix_modes(layer.weight.shape, 2)
             spec = {"kind": CPLinear.kind, "row_modes": list(row_modes), "column_modes": list(column_modes)}
-        tensor = cp_tensor(layer, spec)
-        groups, *modes = tensor.shape
-        target, value = self._target()
+        groups, *modes = cp_tensor(layer, spec).shape
         rank = value
         if target == "param_ratio":
             rank = int(value * weight_of(layer).numel() / (groups * sum(modes)))
             if isinstance(layer, nn.Linear):
-                rank = min(rank, max(1, weight_of(layer).numel() // sum(weight_of(layer).shape)))
+                rank = min(rank, max(1, layer.weight.numel() // sum(layer.weight.shape)))
         if rank < 1:
-            return Skip(name, f"even rank 1 keeps more than {value:.0%} of its weights")
-        return LayerPlan(name, {**spec, "rank": min(rank, cp_full_rank(modes, _ROWS))})
+            return f"even rank 1 keeps more than {value:.0%} of its weights"
+        return {**spec, "rank": min(rank, cp_full_rank(modes, _ROWS))}
 
-    def fill(self, new: CPConv | CPLinear, old: nn.Module, plan: LayerPlan, context: CompressionContext) -> None:
-        new.set_factors(cp_als(cp_tensor(old, plan.spec), plan.spec["rank"], _ROWS), getattr(old, "bias", None))
+    def factors_for(self, layer: nn.Module, spec: dict[str, Any], moments: InputMoments | None) -> list[Tensor]:
+        tensor, rank = cp_tensor(layer, spec), spec["rank"]
+        if moments is None:
+            return cp_als(tensor, rank, _ROWS)
+        moment = output_moment(layer, moments)
+        if isinstance(layer, nn.Linear):
+            return fit_cp_matrix(layer.weight.detach(), moment[0], (spec["row_modes"], spec["column_modes"]), rank)
+        left, inner = fit_kernel(tensor.permute(0, 3, 2, 1), moment, lambda whole: _split(whole, rank))
+        return balanced_terms([*_rank_one(inner), left])
+
+
+def _split(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    by_kernel, inputs, outputs = cp_als(kernel.permute(0, 3, 2, 1), rank, _ROWS)
+    return outputs, torch.einsum("gir,gkr->grik", inputs, by_kernel)
+
+
+def _rank_one(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors `(groups, k, R)` and `(groups, in, R)` of terms `(groups, R, in, k)` of rank one."""
+    largest = torch.linalg.vector_norm(terms, dim=2, keepdim=True).argmax(-1, keepdim=True)  # (groups, R, 1, 1)
+    inputs = terms.gather(3, largest.expand(-1, -1, terms.shape[2], 1)).squeeze(3)  # (groups, R, in)
+    squared = inputs.square().sum(-1, keepdim=True).clamp_min(1e-300)
+    return (torch.einsum("grik,gri->grk", terms, inputs) / squared).mT, inputs.mT
 
 
 def cp_tensor(layer: nn.Module, spec: dict[str, Any]) -> Tensor:
@@ -185,5 +211,4 @@ def cp_tensor(layer: nn.Module, spec: dict[str, Any]) -> Tensor:
     if "row_modes" not in spec:
         return to_kernel(weight, layer_spec(layer)).flatten(3).permute(0, 3, 2, 1)
     rows, columns = spec["row_modes"], spec["column_modes"]
-    missing = math.prod(columns) - weight.shape[1], math.prod(rows) - weight.shape[0]
-    return F.pad(weight, (0, missing[0], 0, missing[1])).reshape(1, *rows, *columns)
+    return padded_matrix(weight, rows, columns).reshape(1, *rows, *columns)

@@ -1,21 +1,24 @@
 """Tensor trains: Linear and Embedding layers by matrix cores, convolutions by a chain of ordinary ones."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pquant_lightning.core.compressed_layer import Stage, weight_of
-from pquant_lightning.core.compression_method import CompressionContext, LayerMethod
+from pquant_lightning.core.compressed_layer import weight_of
+from pquant_lightning.core.compression_method import CompressionContext
 from pquant_lightning.core.errors import OptionError
 from pquant_lightning.core.layer_adapter import layer_spec
-from pquant_lightning.core.options import check_count, check_share, one_of
+from pquant_lightning.core.moments import InputMoments
+from pquant_lightning.core.options import check_count, check_rank_or_share, one_of
 from pquant_lightning.core.plan import LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.methods.tensor_networks._base import TensorNetworkMethod, output_moment
 from pquant_lightning.methods.tensor_networks._convs import CONVS, to_kernel, why_no_kernel
 from pquant_lightning.methods.tensor_networks._layers import random_like
+from pquant_lightning.methods.tensor_networks._output_fit import fit_kernel, fit_matrix, padded_matrix
 from pquant_lightning.methods.tensor_networks._sizes import matrix_modes
 from pquant_lightning.methods.tensor_networks._tensor_train_layers import (
     TensorTrainConv,
@@ -23,13 +26,13 @@ from pquant_lightning.methods.tensor_networks._tensor_train_layers import (
     TensorTrainLinear,
     kernel_steps,
 )
-from pquant_lightning.methods.tensor_networks._tt_svd import tt_ranks, tt_svd
+from pquant_lightning.methods.tensor_networks._tt_svd import tt_dense, tt_ranks, tt_svd
 
 _Matrix = TensorTrainLinear | TensorTrainEmbedding
 
 
 @CompressionMethodRegistry.register("tensor_train")
-class TensorTrainCompression(LayerMethod):
+class TensorTrainCompression(TensorNetworkMethod):
     """Tensor trains in place of Linear, Embedding, Conv and ConvTranspose layers at the start of fit.
 
     The sizes of a matrix are split into `num_cores` balanced factors each (padded where they have none, as primes), the
@@ -48,6 +51,13 @@ class TensorTrainCompression(LayerMethod):
         num_cores: cores of a matrix, at least 2; small layers get fewer.
         init: "decompose" approximates the weight by TT-SVD; "random" draws normal cores whose product has the weight's
             variance, to train from scratch.
+        data_aware: fit the factors to the inputs of the layers, which are measured on samples of the training data, for
+            the least error of the outputs. None does so where there are data and no training follows: in
+            `compress_model` with a `train_loader`, not in a Trainer. Never with `max_error` or
+            random cores; embeddings keep the least error of the weight.
+        num_samples: samples of the training data to measure the inputs on.
+        max_statistics_bytes: what the measured moments may take at a time; more than that are measured in several
+            passes.
         include: glob patterns over module names; only matching layers are changed. None means all.
         exclude: glob patterns over module names; matching layers are left alone.
         min_saving: least share of a layer's stored bytes that must go, else the layer is left alone; 0 asks nothing.
@@ -69,15 +79,11 @@ class TensorTrainCompression(LayerMethod):
     num_cores: int = 3
     init: Literal["decompose", "random"] = "decompose"
 
-    stage = Stage.FACTORIZE
-
     def validate_config(self) -> None:
         super().validate_config()
-        name, value = self._target()
-        if name == "rank":
-            check_count(type(self), name, value, low=1)
-        elif name == "param_ratio":
-            check_share(type(self), name, value)
+        name, value = self.target()
+        if name != "max_error":
+            check_rank_or_share(type(self), name, value)
         elif not 0 < value < 1:
             raise OptionError(f"{type(self).__name__}: max_error is a relative error, in (0, 1), got {value!r}.")
         elif self.init == "random":
@@ -85,49 +91,95 @@ class TensorTrainCompression(LayerMethod):
                 f"{type(self).__name__}: max_error={value!r} approximates the weight, init='random' drops it; give "
                 "rank or param_ratio instead."
             )
+        if self.data_aware and not self._may_fit:
+            raise OptionError(
+                f"{type(self).__name__}: data_aware=True bounds the error of the outputs; max_error bounds that of the "
+                "weight, and init='random' none. Give rank or param_ratio with init='decompose'."
+            )
         check_count(type(self), "num_cores", self.num_cores, low=2)
 
-    def _target(self) -> tuple[str, Any]:
+    @property
+    def _may_fit(self) -> bool:
+        return self.max_error is None and self.init == "decompose"
+
+    @property
+    def wanted_samples(self) -> int:
+        return super().wanted_samples if self._may_fit else 0
+
+    def target(self) -> tuple[str, Any]:
         return one_of(type(self), {"rank": 8}, rank=self.rank, param_ratio=self.param_ratio, max_error=self.max_error)
 
     def plan_layer(self, name: str, layer: nn.Module, context: CompressionContext) -> LayerPlan | Skip:
-        if (reason := _why_not(layer)) is not None:
-            return Skip(name, reason)
+        if self.max_error is None or (reason := self.why_not(layer)) is not None:
+            return super().plan_layer(name, layer, context) if self.max_error is None else Skip(name, str(reason))
+        spec = self._modes_of(layer)
+        cores, _ = tt_svd(train_tensor(layer, spec), max_error=self.max_error)
+        return LayerPlan(name, {**spec, "ranks": [1, *(core.shape[-1] for core in cores)]}, scratch=cores)
+
+    def why_not(self, layer: nn.Module) -> str | None:
+        return _why_not(layer)
+
+    def _modes_of(self, layer: nn.Module) -> dict[str, Any]:
         if isinstance(layer, CONVS):
-            spec: dict[str, Any] = {"kind": TensorTrainConv.kind}
-        else:
-            kind = TensorTrainLinear.kind if isinstance(layer, nn.Linear) else TensorTrainEmbedding.kind
-            row_modes, column_modes = matrix_modes(weight_of(layer).shape, self.num_cores)
-            spec = {"kind": kind, "row_modes": list(row_modes), "column_modes": list(column_modes)}
-        modes = _modes(layer, spec)
-        target, value = self._target()
-        if target == "max_error":
-            cores, _ = tt_svd(train_tensor(layer, spec), max_error=value)
-            return LayerPlan(name, {**spec, "ranks": [1, *(core.shape[-1] for core in cores)]}, scratch=cores)
+            return {"kind": TensorTrainConv.kind}
+        kind = TensorTrainLinear.kind if isinstance(layer, nn.Linear) else TensorTrainEmbedding.kind
+        row_modes, column_modes = matrix_modes(weight_of(layer).shape, self.num_cores)
+        return {"kind": kind, "row_modes": list(row_modes), "column_modes": list(column_modes)}
+
+    def spec_for(self, layer: nn.Module, target: str, value: Any, moments: InputMoments | None) -> dict[str, Any] | str:
+        spec = self._modes_of(layer)
+        modes, rank = _modes(layer, spec), value
         if target == "param_ratio":
-            value = _rank_for(modes, value * weight_of(layer).numel() / getattr(layer, "groups", 1))
-            if value < 1:
-                return Skip(name, f"even rank 1 keeps more than {self.param_ratio:.0%} of its weights")
-        return LayerPlan(name, {**spec, "ranks": tt_ranks(modes, value)})
+            rank = _rank_for(modes, value * weight_of(layer).numel() / getattr(layer, "groups", 1))
+            if rank < 1:
+                return f"even rank 1 keeps more than {value:.0%} of its weights"
+        return {**spec, "ranks": tt_ranks(modes, rank)}
+
+    def factors_for(self, layer: nn.Module, spec: dict[str, Any], moments: InputMoments | None) -> list[Tensor]:
+        tensor = train_tensor(layer, spec)
+        if moments is not None:
+            moment = output_moment(layer, moments)
+            tensor = _fitted_tensor(layer, spec, moment)  # of these ranks: the rest is exact
+        return tt_svd(tensor, spec["ranks"])[0]
 
     def fill(self, new: Any, old: nn.Module, plan: LayerPlan, context: CompressionContext) -> None:
         bias = getattr(old, "bias", None)
         if self.init == "random":
             shapes = [weight.shape for weight in new.weights()]
             new.set_weights(random_like(weight_of(old), shapes, plan.spec["ranks"]), bias)
-            return
-        cores = plan.scratch
-        if cores is None:
-            tensor = train_tensor(old, plan.spec)
-            cores, squared = tt_svd(tensor, plan.spec["ranks"])
-            if tensor.numel() == weight_of(old).numel():  # else the error lies partly in the padding
-                norm = torch.linalg.vector_norm(tensor).clamp_min(1e-30)
-                context.errors[plan.name] = float(squared.sum().sqrt() / norm)
-        if isinstance(new, TensorTrainConv):
-            new.set_cores(cores, bias)
-            return
-        sizes = new.shape.cores
-        new.set_weights([new.to_part(core.reshape(size)) for core, size in zip(cores, sizes, strict=True)], bias)
+        elif plan.scratch is not None:
+            new.set_factors(plan.scratch, bias)
+        else:
+            super().fill(new, old, plan, context)
+
+
+def _fitted_tensor(layer: nn.Module, spec: dict[str, Any], moment: Tensor) -> Tensor:
+    """The train of these ranks with the least output error we find, as the tensor that it stands for; float64."""
+    ranks = spec["ranks"]
+    if "row_modes" in spec:
+        modes = spec["row_modes"], spec["column_modes"]
+        return to_train(
+            fit_matrix(
+                weight_of(layer).detach(),
+                moment[0],
+                modes,
+                lambda whole: from_train(tt_dense(tt_svd(to_train(whole, *modes), ranks)[0]), *modes),
+            ),
+            *modes,
+        )
+    kernel = to_kernel(weight_of(layer).detach().double(), layer_spec(layer)).flatten(3)
+    left, inner = fit_kernel(kernel, moment, lambda whole: _split(whole, _modes(layer, spec), ranks))
+    fitted = (left @ inner.flatten(2)).unflatten(2, inner.shape[2:])
+    return fitted.movedim(1, -1).reshape(len(kernel), *_modes(layer, spec))
+
+
+def _split(kernel: Tensor, modes: list[int], ranks: list[int]) -> tuple[Tensor, Tensor]:
+    """A train over in, kernel, ..., out of a kernel `(groups, out, in, k)` as its last core and all others."""
+    groups, _, channels, size = kernel.shape
+    cores, _ = tt_svd(kernel.movedim(1, -1).reshape(groups, *modes), ranks)
+    last = torch.eye(ranks[-2], dtype=kernel.dtype, device=kernel.device).expand(groups, -1, -1).unsqueeze(-1)
+    inner = tt_dense([*cores[:-1], last]).reshape(groups, channels, size, ranks[-2])
+    return cores[-1].squeeze(-1).mT, inner.movedim(-1, 1)
 
 
 def _why_not(layer: nn.Module) -> str | None:
@@ -161,12 +213,23 @@ def train_tensor(layer: nn.Module, spec: dict[str, Any]) -> Tensor:
     if "row_modes" not in spec:
         kernel = to_kernel(weight, layer_spec(layer))  # (groups, out, in, *k)
         return kernel.movedim(1, -1).reshape(kernel.shape[0], *modes)
-    rows, columns = spec["row_modes"], spec["column_modes"]
-    missing = math.prod(columns) - weight.shape[1], math.prod(rows) - weight.shape[0]
-    padded = F.pad(weight, (0, missing[0], 0, missing[1])) if any(missing) else weight
+    modes_of = spec["row_modes"], spec["column_modes"]
+    return to_train(padded_matrix(weight, *modes_of), *modes_of)
+
+
+def to_train(matrix: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    """A matrix as the tensor of a batch of one, `(1, row_1 * column_1, ..., row_d * column_d)`."""
     count = len(rows)
     order = [axis for k in range(count) for axis in (k, count + k)]
-    return padded.reshape(*rows, *columns).permute(order).reshape(1, *modes)
+    modes = [row * column for row, column in zip(rows, columns, strict=True)]
+    return matrix.reshape(*rows, *columns).permute(order).reshape(1, *modes)
+
+
+def from_train(tensor: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    """The inverse of `to_train`."""
+    pairs = [size for pair in zip(rows, columns, strict=True) for size in pair]
+    order = [*range(0, len(pairs), 2), *range(1, len(pairs), 2)]
+    return tensor.reshape(pairs).permute(order).reshape(math.prod(rows), math.prod(columns))
 
 
 def _rank_for(modes: list[int], max_params: float) -> int:
