@@ -13,7 +13,7 @@ from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compressed_layer import install_hook
 from pquant_lightning.core.compression_method import CompressionMethod
 from pquant_lightning.core.deploy import deploy
-from pquant_lightning.core.errors import CallbackOrderError, CheckpointError, OptionError, PQuantError
+from pquant_lightning.core.errors import CallbackOrderError, CheckpointError, ModelError, OptionError, PQuantError
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport, make_report
 from pquant_lightning.core.serialization import (
@@ -61,6 +61,8 @@ def compress_model(
     >>> sum(p.numel() for p in net.parameters()), sum(p.numel() for p in small.parameters())
     (4810, 1690)
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"compress_model takes a model, a torch.nn.Module that is made already; got {model!r}.")
     methods = _methods(method_or_config, options)
     result = model if inplace else deepcopy(model)
     for method in methods:

@@ -64,8 +64,20 @@ def follow_resized(trainer: Trainer, resized: Sequence[Resized]) -> None:
     """Lets a running training go on with smaller parameters.
 
     The optimizers hold them in the same groups and places, with the same part of their state; DDP wraps the model anew.
+
+    Raises:
+        ModelError: an optimizer keeps something of other shapes than the parameters' (Adafactor, LBFGS).
     """
     changes = {id(change.old): change for change in resized}
+    for optimizer in trainer.optimizers:
+        kept = [(p, v) for p, state in optimizer.state.items() for v in state.values()]
+        if any(
+            isinstance(v, list) or (isinstance(v, Tensor) and v.numel() > 1 and v.shape != p.shape) for p, v in kept
+        ):
+            raise ModelError(
+                f"{type(optimizer).__name__} keeps a state of other shapes than its parameters, which cannot follow "
+                "when they get smaller during training. Let that be at the end of the fit, or use another optimizer."
+            )
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             group["params"] = [changes[id(p)].new if id(p) in changes else p for p in group["params"]]

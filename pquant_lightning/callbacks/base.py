@@ -341,15 +341,14 @@ def _check_resizing(trainer: Trainer) -> None:
     for callback in (c for c in _ours(trainer) if c.method.resizes):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = [c for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
-        projecting = [c for c in _ours(trainer) if type(c.method).project is not CompressionMethod.project]
-        names = [type(c).__name__ for c in others] + [c.state_key for c in projecting if c is not callback]
+        keeping = [c for c in _ours(trainer) if c.method.keeps_shapes and c is not callback]
+        names = [type(c).__name__ for c in others] + [c.state_key for c in keeping]
         if trainer.strategy.restore_checkpoint_after_setup:
             names.append(f"the strategy {type(trainer.strategy).__name__}, which shards the parameters,")
         if names:
             raise CallbackOrderError(
-                f"{callback.state_key} makes parameters smaller during training ({callback.method.config}), and "
-                f"{names[0]} keeps copies or masks of their first shapes. Let it act at the end of the fit, or leave "
-                "the other out."
+                f"{callback.state_key} is to make parameters smaller during training, and {names[0]} keeps copies or "
+                "masks of their first shapes. Let it act at the end of the fit, or leave the other out."
             )
 
 

@@ -65,6 +65,7 @@ class CompressedLayer(nn.Module):
     float32_tensors: ClassVar[tuple[str, ...]] = ()  # own parameters and buffers that stay float32 when cast
     parameter_buffers: ClassVar[tuple[str, ...]] = ()  # former parameters that a deployed form keeps as buffers
     derived_tensors: ClassVar[tuple[str, ...]] = ()  # functions of `weight` alone: shared where the weight was
+    resizable: ClassVar[bool] = False  # may lose input and output channels; `layer` in the spec then says so
     input_tensors: ClassVar[tuple[str, ...]] = ()  # own tensors with one entry per input channel, in dimension 0
     output_tensors: ClassVar[tuple[str, ...]] = ()  # likewise per output channel
     tied_parameters: ClassVar[tuple[str, ...]] = ()  # of its layers, as "layer.weight": a spec may tie them to others

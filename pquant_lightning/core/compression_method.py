@@ -185,6 +185,11 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
         """Whether `step` may put smaller parameters into the model."""
         return False
 
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether its state or its `project` relies on the shapes that parameters had at the start."""
+        return type(self).project is not CompressionMethod.project
+
     def step(self, model: nn.Module, state: dict[str, Any], progress: float) -> Sequence[Resized] | None:
         """Scheduled methods act here, before a training batch; `state` is checkpointed, `progress` in [0, 1].
 

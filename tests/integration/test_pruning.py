@@ -251,6 +251,17 @@ def test_a_second_fit_keeps_the_masks(tmp_path: Path) -> None:
     assert all(torch.equal(mask, found[name]) for name, mask in zeros(model).items())
 
 
+def test_a_second_fit_keeps_the_zeros_of_quantized_layers(tmp_path: Path) -> None:
+    def callbacks() -> list[Any]:
+        return [PruningCallback(sparsity=0.8, **ALL), QATCallback(min_saving=0.0)]
+
+    model = fit(quiet_trainer(tmp_path, callbacks(), max_epochs=EPOCHS), built(Momentum))
+    found, watch = zeros(model), Watch()
+    fit(quiet_trainer(tmp_path, [*callbacks(), watch], max_epochs=2), model)
+    watch.check()
+    assert all(torch.equal(mask, found[name]) for name, mask in zeros(model).items() if name.endswith("weight"))
+
+
 def test_another_callback_goes_on_from_the_zeros(tmp_path: Path) -> None:
     model = compress_model(built(Momentum), "unstructured_pruning", sparsity=0.6, **ALL)
     found, watch = zeros(model), Watch()

@@ -264,6 +264,25 @@ def test_removal_during_training_refuses_what_keeps_old_shapes(other: Callback, 
         fit(quiet_trainer(tmp_path, [StructuredPruningCallback(remove="during"), other]), built(MLP))
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.LBFGS])
+def test_optimizers_whose_state_cannot_follow_are_refused(optimizer: Any, tmp_path: Path) -> None:
+    class Other(MLP):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return optimizer(self.parameters())
+
+    with pytest.raises(ModelError, match=f"{optimizer.__name__} keeps a state of other shapes"):
+        fit(quiet_trainer(tmp_path, [StructuredPruningCallback(remove="during", **FINE)], max_epochs=2), Other())
+
+
+def test_low_rank_goes_with_removal_during_training(tmp_path: Path) -> None:
+    callbacks: list[Any] = [LowRankCallback(rank=4, min_saving=0.0), StructuredPruningCallback(remove="during", **FINE)]
+    model: Any = fit(quiet_trainer(tmp_path, callbacks, max_epochs=EPOCHS), built(MLP))
+    assert model.fc1.second.weight.shape[0] < 32
+    torch.testing.assert_close(
+        out(load_compressed(MLP, callbacks[1].artifact), *MLP.inputs()), out(model, *MLP.inputs())
+    )
+
+
 # -- with other callbacks ----------------------------------------------------------------------------------------------
 
 

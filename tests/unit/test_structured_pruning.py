@@ -151,6 +151,24 @@ def test_a_target_is_met_within_two_percent(target: dict[str, float], what: str)
         assert share(net, pruned(net, target=target, round_to=round_to), what) == pytest.approx(wanted, rel=0.02)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("target", [{"params": 0.5}, {"macs": 0.4}, {"macs": 0.3}])
+def test_targets_are_met_where_units_cost_unlike_amounts(target: dict[str, float], seed: int) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 3, groups=32),
+        nn.ReLU(), nn.Conv2d(32, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+    ((what, wanted),) = target.items()
+    assert share(net, pruned(net, target=target), what) <= 1.02 * wanted
+
+
+def test_layers_that_cannot_lose_channels_are_left_alone(tmp_path: Any) -> None:
+    small = compress_model(conv_net(), "lora", r=2, include=["3"])
+    with pytest.raises(ModelError, match=r"is inside 3 \(LoRA 2\), which cannot lose channels"):
+        pruned(small)
+
+
 def test_latency_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     from pquant_lightning.methods.pruning import _cost
 
@@ -364,7 +382,7 @@ def test_a_target_out_of_reach_says_what_is_reachable_and_what_is_left_alone() -
         ModelError, match=r"(?s)cannot keep as little as 10.0% of the params.*\d+.\d% are left.*softmax"
     ) as error:
         pruned(net, [torch.randn(4, 8)], target={"params": 0.1})
-    assert "2: 64 channels" in str(error.value)
+    assert "64 channels of 2, 4" in str(error.value)
 
 
 def test_too_little_to_remove_is_an_error() -> None:
@@ -373,7 +391,7 @@ def test_too_little_to_remove_is_an_error() -> None:
 
 
 def test_a_model_without_a_choice_is_an_error() -> None:
-    with pytest.raises(ModelError, match="changes no layer"):
+    with pytest.raises(ModelError, match="finds nothing to remove"):
         pruned(nn.Sequential(nn.Linear(8, 4)), [torch.randn(2, 8)])
 
 
@@ -384,6 +402,11 @@ def test_an_example_is_needed_and_must_run() -> None:
         pruned(conv_net(), [torch.randn(4, 5, 8, 8)])
     with pytest.raises(ModelError, match="needs the gradients of a training"):
         pruned(conv_net(), criterion="taylor")
+
+
+def test_a_class_is_no_model() -> None:
+    with pytest.raises(ModelError, match="a torch.nn.Module that is made already"):
+        compress_model(Two, "structured_pruning")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["structured_pruning", "ptq"])

@@ -16,6 +16,7 @@ Factors = tuple[Tensor, Tensor, Tensor]
 class LowRankLayer(CompressedLayer, stage=Stage.FACTORIZE):
     """`second(first(x))`; the weight, as matrices (groups, m, n), is left @ right, (groups, m, r) @ (groups, r, n)."""
 
+    resizable = True
     first: nn.Module
     second: nn.Module
 

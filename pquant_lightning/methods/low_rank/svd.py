@@ -228,6 +228,10 @@ class LowRankCompression(DataAwareMethod, TyingMethod):
         if moments is None and found.loss > 1e-3:
             context.errors[plan.name] = found.loss**0.5
 
+    @property
+    def keeps_shapes(self) -> bool:
+        return False
+
     def project(self, model: nn.Module, state: dict[str, Any]) -> None:
         if self.retract is not None:
             retract_factors(model)

@@ -41,6 +41,8 @@ class Sized(CompressedLayer, stage=Stage.MASK):
     `attributes`, each before and now.
     """
 
+    resizable = True
+
     @classmethod
     def from_spec(cls, spec: dict[str, Any], replaced: nn.Module | None) -> Self:
         size = {key: tuple(v) if isinstance(v, list) else v for key, v in spec["layer"].items() if key != "type"}

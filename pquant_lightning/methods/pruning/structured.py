@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.core.calibration import Samples, first_samples, from_rank_zero
 from pquant_lightning.core.channels import Group, find_groups
-from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, changed_layers, compressed_layers
+from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, Selection, check_weight
 from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError, known
 from pquant_lightning.core.layer_adapter import as_torch, layer_spec
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 _DEFAULT = {"sparsity": 0.5}
 _UPDATES = 20  # times that units are chosen between start and end
 _TOLERANCE = 0.02  # of a target
+_AROUND = 8  # numbers of units looked at on both sides of what a bisection has found
 _SCORE_MOMENTUM = 0.05  # taylor scores are averages over about twenty steps
 
 
@@ -72,7 +73,8 @@ class StructuredPruning(CompressionMethod):
         reconstruct: the layers that read a group are fitted, by least squares on data, to what they gave before; prunes
             once, at the start of fit.
         recalibrate: batch norms get the statistics that the pruned model has on data; prunes once, at the start of fit.
-        num_samples: training samples for "activation", `reconstruct` and `recalibrate`.
+        num_samples: training samples for "activation", `reconstruct` and `recalibrate`, and what latency is timed on,
+            in the batches of the loader.
         schedule: how the number rises between `start` and `end`: "constant" (at once at `start`), "linear", "cubic",
             "cosine", "exponential" or "steps". Default: cubic; constant with `reconstruct` or `recalibrate`.
         start: share of the training at which pruning starts.
@@ -158,8 +160,12 @@ class StructuredPruning(CompressionMethod):
         return self._at_once or self.criterion == "activation"
 
     @property
+    def _timed(self) -> bool:
+        return self.target is not None and "latency" in self.target
+
+    @property
     def wanted_samples(self) -> int:
-        return self.num_samples if self._from_data else 2
+        return self.num_samples if self._from_data or self._timed else 2
 
     @property
     def needs_samples(self) -> bool:
@@ -197,7 +203,12 @@ class StructuredPruning(CompressionMethod):
                 reason = reason or "the model does not run, or computes something else, without some of them"
                 shown = ", ".join(units.modules[:4])
                 shown += f" and {len(units.modules) - 4} more" if len(units.modules) > 4 else ""
-                skipped.append(Skip(units.modules[0], f"{units.count} channels over {shown}: {reason}", context.by))
+                skipped.append(Skip(f"{units.count} channels of {shown}", reason, context.by))
+        if not groups and not skipped:
+            raise ModelError(
+                f"{self.name} finds nothing to remove in {type(model).__name__}: the only channels of its layers are "
+                "the inputs and outputs of the model, which keep their width."
+            )
         counts = self._planned(model, groups, context, few, skipped) if groups else []
         layers = [
             LayerPlan(_producer(model, units), {"units": units.count, "removes": count, "over": units.modules, **own})
@@ -232,9 +243,11 @@ class StructuredPruning(CompressionMethod):
             counts = chosen(round((self.sparsity or _DEFAULT["sparsity"]) * total))
         else:
             ((name, wanted),) = self.target.items()
-            kept = TARGETS[name](model, groups, example)
-            counts = _meet(wanted, total, chosen, lambda counts: kept(units_of(counts)), name != "latency")
-            if (reached := kept(units_of(counts))) > wanted * (1 + (0.1 if name == "latency" else _TOLERANCE)):
+            timed = name == "latency"  # on as many samples as there are
+            kept = TARGETS[name](model, groups, (context.samples or example) if timed else example)
+            tolerance = 0.1 if timed else _TOLERANCE
+            counts, reached = _meet(wanted, total, chosen, lambda counts: kept(units_of(counts)), tolerance)
+            if reached > wanted * (1 + tolerance):
                 left = "\n".join(f"  {skip.name}: {skip.reason}" for skip in skipped) or "  nothing"
                 raise ModelError(
                     f"{self.name} cannot keep as little as {wanted:.1%} of the {name}: with "
@@ -277,6 +290,9 @@ class StructuredPruning(CompressionMethod):
         spec = {"kind": CARRIERS[type(carrier)].kind, "by": plan.by, "layer": layer_spec(carrier), "group": group}
         replace_layer(model, name, CompressedLayer.build(spec, carrier))
         self.attach(model, context.state)
+        shown = ", ".join(f"{e.name} {e.spec['removes']} of {e.spec['units']}" for e in plan.layers[:12])
+        more = f" and {len(plan.layers) - 12} more groups" if len(plan.layers) > 12 else ""
+        log.info("%s: units to go by group: %s%s.", self.name, shown, more)
 
     def attach(self, model: nn.Module, state: dict[str, Any]) -> None:
         found = carrier_of(model)
@@ -284,7 +300,10 @@ class StructuredPruning(CompressionMethod):
             return
         group = found[1].spec["group"]  # the state may be that of another model
         gone = sum(group["counts"]) - sum(units.count for units in groups_of(model)) + sum(map(len, group["removed"]))
+        state.clear()
         state.update(level=min(1.0, gone / max(1, sum(group["removes"]))), removed=group["removed"], scores=[])
+        if gone and not any(group["removed"]):
+            log.info("%s: %d units have left the model already; they stay away.", self.name, gone)
 
     def applied_to(self, model: nn.Module, state: dict[str, Any], by: str) -> bool:
         found = carrier_of(model)
@@ -378,7 +397,9 @@ class StructuredPruning(CompressionMethod):
         super().compress_in_place(model, samples)
 
     def _summary(self, model: nn.Module, state: dict[str, Any]) -> str:
-        return f"{self.name}: {self.metrics(model, state)['channel_sparsity']:.1%} of the removable units are gone."
+        share = self.metrics(model, state)["channel_sparsity"]
+        how = "are gone" if self.resizes else "are zero, and go when the model is deployed"
+        return f"{self.name}: {share:.1%} of the removable units {how}."
 
     # -- choosing ----------------------------------------------------------------------------------------------------
 
@@ -442,9 +463,11 @@ def _why_left(model: nn.Module, units: Units, chosen: Selection) -> str | None:
         return excluded
     if all(reasons):
         return reasons[0]
-    for name, layer in changed_layers(model).items():
-        if all(module == name or module.startswith(f"{name}.") for module in units.modules):
-            return f"is inside {name} ({layer.described()})"
+    for name, layer in compressed_layers(model).items():
+        inside = [module == name or module.startswith(f"{name}.") for module in units.modules]
+        if layer.stage is not Stage.UNFUSE and (all(inside) or (any(inside) and not layer.resizable)):
+            fixed = "" if layer.resizable else ", which cannot lose channels: prune before, or merge it first"
+            return f"is inside {name} ({layer.described()}){fixed}"
     return "has one unit" if units.count < 2 else None
 
 
@@ -470,11 +493,12 @@ def _producer(model: nn.Module, units: Units) -> str:
 
 def _carrier_name(model: nn.Module, groups: list[Units]) -> str:
     """The layer whose spec is to hold the groups: one of their own, outside of compressed layers if there is one."""
-    inside = tuple(f"{name}." for name in compressed_layers(model))
+    layers = compressed_layers(model)
+    inside = tuple(f"{name}." for name in layers)
+    closed = tuple(f"{name}." for name, layer in layers.items() if not (layer.resizable or layer.stage is Stage.UNFUSE))
     own = [name for units in groups for name in units.modules]
-    names = [
-        name for name in [*own, *dict(model.named_modules())] if type(model.get_submodule(name)) in CARRIERS and name
-    ]
+    everywhere = [name for name in [*own, *dict(model.named_modules())] if name and not name.startswith(closed)]
+    names = [name for name in everywhere if type(model.get_submodule(name)) in CARRIERS]
     if not names:
         raise ModelError(
             f"{type(model).__name__} holds no Linear, Conv, ConvTranspose or Embedding layer that could say in its "
@@ -494,14 +518,35 @@ def _lowest_units(score: Tensor, count: int) -> list[int]:
     return chosen
 
 
-def _meet(wanted: float, total: int, chosen: Any, kept: Callable[[list[int]], float], exact: bool) -> list[int]:
-    """The counts that keep a share as close to `wanted` as units allow: rounded ones where they are close enough."""
+def _meet(
+    wanted: float, total: int, chosen: Any, kept: Callable[[list[int]], float], tolerance: float
+) -> tuple[list[int], float]:
+    """The counts that keep a share close to `wanted`, and that share: rounded ones where they are close enough.
+
+    A bisection, though the share does not fall with every unit (one costs more than another): then what lies around.
+    Where nothing is close enough, the largest share below `wanted`; where there is none, the least that can be kept.
+    """
+    seen: dict[tuple[int, ...], float] = {}
+
+    def share(drop: int, rounded: bool) -> float:
+        counts = tuple(chosen(drop, rounded))
+        if counts not in seen:
+            seen[counts] = kept(list(counts))
+        return seen[counts]
+
     for rounded in (True, False):
         low, high = 0, total
-        while high - low > max(1, 0 if exact else total // 64):
+        while high - low > max(1, total // 256):
             middle = (low + high) // 2
-            low, high = (middle, high) if kept(chosen(middle, rounded)) > wanted else (low, middle)
-        found = min((chosen(low, rounded), chosen(high, rounded)), key=lambda counts: abs(kept(counts) - wanted))
-        if not exact or abs(kept(found) / wanted - 1) <= _TOLERANCE:
-            break
-    return found
+            low, high = (middle, high) if share(middle, rounded) > wanted else (low, middle)
+        step = max(1, total // 512)
+        for drop in range(max(low - _AROUND * step, 0), min(high + _AROUND * step, total) + 1, step):
+            if abs(share(drop, rounded) / wanted - 1) <= tolerance:
+                break
+        best = min(seen, key=lambda counts: abs(seen[counts] - wanted))
+        if abs(seen[best] / wanted - 1) <= tolerance:
+            return list(best), seen[best]
+    share(total, False)
+    below = [counts for counts in seen if seen[counts] <= wanted]
+    best = max(below, key=lambda counts: seen[counts]) if below else min(seen, key=lambda counts: seen[counts])
+    return list(best), seen[best]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, weight_of
+from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers, weight_of
 from pquant_lightning.core.compression_method import (
     CompressionContext,
     CompressionMethod,
@@ -297,10 +297,27 @@ class UnstructuredPruning(CompressionMethod):
 
     def applied_to(self, model: nn.Module, state: dict[str, Any], by: str) -> bool:
         parameters = dict(model.named_parameters())
-        if not state or not all(name in parameters for name in state["targets"]):
+        if not state:
+            return self._find_zeros(model, state)
+        if not all(name in parameters for name in state["targets"]):
             return False
         masks = _masks.live(model, state)
         return all(bool((_masks.local(parameters[name]) * (1 - mask) == 0).all()) for name, mask in masks.items())
+
+    def _find_zeros(self, model: nn.Module, state: dict[str, Any]) -> bool:
+        """Takes the masks of an earlier fit from the zeros of layers that a later method holds by now."""
+        weights = {
+            f"{name}.{own}": parameter
+            for name, layer in compressed_layers(model).items()
+            if layer.stage > self.stage and not layer.deployed
+            for own, parameter in _weights(layer).items()
+        }
+        masks = _masks.of_zeros(weights)
+        if not masks:
+            return False
+        targets = {name: self._spec(name.rpartition(".")[0]) for name in masks}
+        state.update(targets=targets, level=1.0, scores={}, norms={}, origin={}, masks=_masks.packed(masks))
+        return True
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -68,6 +68,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
 
     axis: ClassVar[int]  # the channel dimension of the weight
     float32_tensors = ("act_range", "act_mean", "active_bits", "weight_scale", "act_scale", "act_zero")
+    resizable = True
     input_tensors = ("act_mean",)
     output_tensors = ("weight_scale",)
     deployed_type: ClassVar[type[_integer.IntLayer]]
