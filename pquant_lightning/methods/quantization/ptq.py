@@ -9,12 +9,12 @@ from torch import nn
 from pquant_lightning.core.compressed_layer import compressed_layers, weight_of
 from pquant_lightning.core.compression_method import CompressionContext
 from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError
+from pquant_lightning.core.moments import has_moments
 from pquant_lightning.core.options import check_count
 from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.methods.quantization._base import QuantizationMethod, own_layers
 from pquant_lightning.methods.quantization._forms import FLOAT
-from pquant_lightning.methods.quantization._hessian import has_moments
 from pquant_lightning.methods.quantization._integer import IntLayer
 from pquant_lightning.methods.quantization._kernels import why_no_kernel
 from pquant_lightning.methods.quantization._layers import TRAINING_KINDS, QuantLayer
@@ -51,7 +51,7 @@ class PTQCompression(QuantizationMethod):
         group_size: so many values along the inputs share a scale, instead of a whole output channel; layers whose
             channels it does not divide keep a scale per channel.
         rounding: "gptq" chooses the codes of a layer for a small error of its output, on data (embeddings, transposed
-            and 3-d convolutions and weights shared by layers are rounded as by "hqq"); "adaround" learns for the same
+            convolutions and weights shared by layers are rounded as by "hqq"); "adaround" learns for the same
             purpose which weights are rounded up; "hqq" finds the grid for an error of the weights that forgives
             outliers, without data; "nearest" finds it for the least squared error; "auto" is "nearest" at 8 bits, and
             below "gptq" with data, "hqq" without. The log says which.
@@ -153,7 +153,8 @@ class PTQCompression(QuantizationMethod):
         if wanted == "auto":
             data = self.data_aware is not False and context.samples is not None
             wanted = "nearest" if bits >= 8 else "gptq" if data else "hqq"
-        return "hqq" if wanted in _WITH_DATA and (tied or not has_moments(layer)) else wanted
+        by_rows = has_moments(layer) and TRAINING_KINDS[type(layer)].axis == 0  # not transposed: a row is an output
+        return "hqq" if wanted in _WITH_DATA and (tied or not by_rows) else wanted
 
     def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
         super().apply(model, plan, context)
