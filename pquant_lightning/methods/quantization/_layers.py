@@ -4,6 +4,7 @@ Both quantization methods use these kinds. Post-training quantization runs them 
 remember what calibration has measured; quantization-aware training rounds. `finalized` gives the integer form.
 """
 
+import logging
 from typing import Any, ClassVar, Self
 
 import torch
@@ -40,6 +41,8 @@ from pquant_lightning.methods.quantization._forms import (
     layer_config,
 )
 from pquant_lightning.methods.quantization._grids import Rounded, nearest_codes, weight_grid
+
+log = logging.getLogger(__name__)
 
 _ROUNDED = ("rounded_codes", "rounded_scale", "rounded_zero")  # in a state dict, where there is a rounded weight
 RANGE_MOMENTUM = 0.01  # of the moving average of the inputs' minimum and maximum, as in torch's observers
@@ -82,6 +85,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
     _cache: Any
     _known: bool | None
     observing: bool  # whether training moves `act_range`
+    is_rescaled: bool  # whether factors have been moved into or out of the weight since it was made or loaded
     folded: tuple[Tensor, Tensor] | None  # factor and shift of the norm to be folded in, while the model is deployed
     rounded: Rounded | None  # the weight as calibration has rounded it; until the weight is trained again
 
@@ -91,6 +95,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
             raise ValueError(f"bits are 2 to 8 or 16, got {spec['bits']!r} and {spec['act_bits']!r}")
         layer = cls(**layer_config(spec))
         layer.observing = True
+        layer.is_rescaled = False
         layer.folded = None
         layer.rounded = None
         layer._bits = (spec["bits"], spec["act_bits"]) if spec["trains"] else (FLOAT, FLOAT)
@@ -238,6 +243,11 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
         if hasattr(self, "act_mean"):
             self.act_mean.copy_(found.mean)
 
+    def rescaled(self) -> None:
+        """Its weight has been scaled, together with that of its neighbours; what was found out before is stale."""
+        self.is_rescaled = True
+        self.rounded = None
+
     def set_bits(self, weight_bits: int, act_bits: int) -> None:
         """Puts bits in force: the weight's learned scale starts anew, the inputs' keeps its range."""
         old_weight, old_act = self._bits
@@ -254,13 +264,21 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(f"{prefix}act_range")
-        if self.known and not self.spec["trains"] and stored is not None and bool(stored[0] > stored[1]):
+        unmeasured = not self.spec["trains"] and stored is not None and bool(stored[0] > stored[1])
+        if unmeasured and self.is_rescaled:
+            log.warning(
+                "The weights were rescaled after this checkpoint was written, so that the ranges measured since are "
+                "not its own, and %sit cannot be deployed: load the artefact of the fit.",
+                prefix and f"layer {prefix.removesuffix('.')!r} of ",
+            )
+        elif unmeasured and self.known:
             # a checkpoint from before the calibration at the end of fit: what has been measured since stays
             measured = ("act_range", "act_mean")
             kept = {f"{prefix}{key}": getattr(self, key).clone() for key in measured if hasattr(self, key)}
             state_dict = {**state_dict, **kept}
         state_dict, self.rounded = self._stored_rounding(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.is_rescaled = False
         self._known = None
         if self.spec["trains"] and not self.weight.is_meta:
             self._known = self.known

@@ -6,19 +6,23 @@ from typing import Any, Literal
 
 from torch import nn
 
+from pquant_lightning.core.calibration import Samples, from_rank_zero
 from pquant_lightning.core.compressed_layer import compressed_layers, weight_of
 from pquant_lightning.core.compression_method import CompressionContext
 from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError
+from pquant_lightning.core.graph import trace
 from pquant_lightning.core.moments import has_moments
 from pquant_lightning.core.options import check_count
 from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.methods.quantization._base import QuantizationMethod, own_layers
+from pquant_lightning.methods.quantization._equalization import equalize
 from pquant_lightning.methods.quantization._forms import FLOAT
 from pquant_lightning.methods.quantization._integer import IntLayer
 from pquant_lightning.methods.quantization._kernels import why_no_kernel
 from pquant_lightning.methods.quantization._layers import TRAINING_KINDS, QuantLayer
 from pquant_lightning.methods.quantization._rounding import DataRounding, round_with_data
+from pquant_lightning.methods.quantization._scaling import find_links
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +64,9 @@ class PTQCompression(QuantizationMethod):
         act_order: GPTQ rounds the inputs with the largest second moment first.
         damping: GPTQ adds this share of the second moment's mean diagonal to the diagonal.
         max_statistics_bytes: second moments held at a time; more take more passes over the samples.
+        equalize: move factors between layers so that a layer's outputs and the inputs that read them have weights of
+            equal range, channel by channel; for nets whose channels differ much in range, as with depthwise
+            convolutions. The float model computes the same. Needs samples, to see who reads whom.
         fold_norms: fold batch norms away; needs samples of data, to see what feeds them.
         correct_bias: correct the mean output of each layer, by its mean input in calibration.
         overrides: bits of single layers: glob patterns over module names to `bits`, `weight_bits` or `act_bits`; the
@@ -80,6 +87,7 @@ class PTQCompression(QuantizationMethod):
     References:
         Nagel et al., "A White Paper on Neural Network Quantization", 2021, section 3. Frantar et al., "GPTQ", 2023.
         Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020.
+        Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, equation 11.
         Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023.
 
     >>> PTQCompression(bits=4, scheme="weight_only", group_size=32).bits_of("fc", False)
@@ -93,6 +101,7 @@ class PTQCompression(QuantizationMethod):
     act_order: bool = True
     damping: float = 0.01
     max_statistics_bytes: int = 2**30
+    equalize: bool = False
     fold_norms: bool = True
     correct_bias: bool = True
 
@@ -107,6 +116,8 @@ class PTQCompression(QuantizationMethod):
             raise OptionError(f"PTQCompression: damping is a share in (0, 1], got {self.damping}.")
         if self.num_samples == 0 and (self.data_aware or self.rounding in _WITH_DATA):
             raise OptionError("PTQCompression: GPTQ and AdaRound need data, so num_samples is at least 1, got 0.")
+        if self.num_samples == 0 and self.equalize:
+            raise OptionError("PTQCompression: equalize needs samples, so num_samples is at least 1, got 0.")
         if self.data_aware is False and self.rounding in _WITH_DATA:
             raise OptionError(
                 f"PTQCompression: rounding={self.rounding!r} needs data; data_aware=False forbids them. Leave one out."
@@ -121,7 +132,7 @@ class PTQCompression(QuantizationMethod):
 
     @property
     def needs_samples(self) -> bool:
-        return self.scheme == "static" or bool(self.data_aware) or self.rounding in _WITH_DATA
+        return self.scheme == "static" or bool(self.data_aware) or self.rounding in _WITH_DATA or self.equalize
 
     def bits_of(self, name: str, is_end: bool) -> tuple[int, int]:
         protected = is_end and not (self.first_last_bits is None and self.group_size is not None)
@@ -164,11 +175,18 @@ class PTQCompression(QuantizationMethod):
 
     def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
         if context.samples is None and self.needs_samples:
-            why = "scheme='static' measures" if self.scheme == "static" else "GPTQ (or AdaRound) rounds weights by"
+            if self.scheme == "static":
+                why = "scheme='static' measures the inputs of the layers"
+            elif self.data_aware or self.rounding in _WITH_DATA:
+                why = "GPTQ (or AdaRound) rounds weights by the inputs of the layers"
+            else:
+                why = "equalize sees on samples which layers read which"
             raise CalibrationError(
-                f"ptq with {why} the inputs of the layers: give compress_model a train_loader (a loader, a list of "
-                "batches or a datamodule), or use scheme='dynamic' or 'weight_only' and rounding='hqq'."
+                f"ptq with {why}: give compress_model a train_loader (a loader, a list of batches or a datamodule), or "
+                "use scheme='dynamic' or 'weight_only' and rounding='hqq', without equalize."
             )
+        if context.samples is not None:
+            self._move_factors(model, context.samples)
         super().calibrate(model, context)
         if context.samples is not None:
             own = own_layers(model, context.by)
@@ -176,6 +194,13 @@ class PTQCompression(QuantizationMethod):
             round_with_data(
                 model, rounded, context.samples, DataRounding(self.act_order, self.damping), self.max_statistics_bytes
             )
+
+    def _move_factors(self, model: nn.Module, samples: Samples) -> None:
+        """Rescales neighbouring layers, as the options say; the model computes the same."""
+        if not self.equalize:
+            return
+        links = from_rank_zero(find_links(model, trace(model, samples)), samples)
+        log.info("ptq equalizes the ranges of channels between layers at %d place(s)", equalize(model, links))
 
     @classmethod
     def finalize(cls, model: nn.Module) -> None:
