@@ -1,4 +1,4 @@
-"""Cross-layer equalization: weights of equal range, channel by channel, in the layer that writes and those that read."""
+"""Cross-layer equalization: weights of equal range per channel in the layer that writes and in those that read."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -4,7 +4,6 @@ Both quantization methods use these kinds. Post-training quantization runs them 
 remember what calibration has measured; quantization-aware training rounds. `finalized` gives the integer form.
 """
 
-import logging
 from typing import Any, ClassVar, Self
 
 import torch
@@ -41,8 +40,6 @@ from pquant_lightning.methods.quantization._forms import (
     layer_config,
 )
 from pquant_lightning.methods.quantization._grids import Rounded, nearest_codes, weight_grid
-
-log = logging.getLogger(__name__)
 
 _ROUNDED = ("rounded_codes", "rounded_scale", "rounded_zero")  # in a state dict, where there is a rounded weight
 RANGE_MOMENTUM = 0.01  # of the moving average of the inputs' minimum and maximum, as in torch's observers
@@ -86,6 +83,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
     _known: bool | None
     observing: bool  # whether training moves `act_range`
     is_rescaled: bool  # whether factors have been moved into or out of the weight since it was made or loaded
+    outdated: bool  # whether weights from before that have been loaded, for which no range is known
     folded: tuple[Tensor, Tensor] | None  # factor and shift of the norm to be folded in, while the model is deployed
     rounded: Rounded | None  # the weight as calibration has rounded it; until the weight is trained again
 
@@ -95,7 +93,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
             raise ValueError(f"bits are 2 to 8 or 16, got {spec['bits']!r} and {spec['act_bits']!r}")
         layer = cls(**layer_config(spec))
         layer.observing = True
-        layer.is_rescaled = False
+        layer.is_rescaled = layer.outdated = False
         layer.folded = None
         layer.rounded = None
         layer._bits = (spec["bits"], spec["act_bits"]) if spec["trains"] else (FLOAT, FLOAT)
@@ -235,6 +233,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
                 self.act_scale.copy_(scale)
                 self.act_zero.copy_(zero_point)
         self._known = True
+        self.outdated = False
 
     def set_statistics(self, found: InputStatistics, limits: tuple[float, float]) -> None:
         """Takes over what calibration has measured, and the range chosen from it."""
@@ -265,13 +264,8 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(f"{prefix}act_range")
         unmeasured = not self.spec["trains"] and stored is not None and bool(stored[0] > stored[1])
-        if unmeasured and self.is_rescaled:
-            log.warning(
-                "The weights were rescaled after this checkpoint was written, so that the ranges measured since are "
-                "not its own, and %sit cannot be deployed: load the artefact of the fit.",
-                prefix and f"layer {prefix.removesuffix('.')!r} of ",
-            )
-        elif unmeasured and self.known:
+        self.outdated = unmeasured and self.is_rescaled
+        if unmeasured and not self.is_rescaled and self.known:
             # a checkpoint from before the calibration at the end of fit: what has been measured since stays
             measured = ("act_range", "act_mean")
             kept = {f"{prefix}{key}": getattr(self, key).clone() for key in measured if hasattr(self, key)}
@@ -368,7 +362,7 @@ def _deploy(layer: QuantLayer) -> nn.Module:
         codes, scale, zero = _multiplied(codes, scale, zero, factor, layer.axis)
     copied = ("by", "layer", "bits", "act_bits", "act", "group_size", "zero_point", "rounding", "kernel", "version")
     kept = {key: spec[key] for key in copied}
-    if layer.rounded is None and spec["rounding"] not in ("nearest", "hqq"):
+    if layer.rounded is None and spec["rounding"] not in ("nearest", "hqq", "awq"):
         kept["rounding"] = spec["range"]
     if spec["act"] == "static" and not static:
         kept.update(act_bits=FLOAT, act=None, kernel="dequantize: no input has been seen")

@@ -21,7 +21,7 @@ _LAST_DIM_NORMS = (nn.LayerNorm, nn.RMSNorm)
 _ELEMENTWISE = {
     *("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "abs"),
     *("dropout", "dropout_", "alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d"),
-    *("contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "type_as"),
+    *("contiguous", "clone", "detach", "float", "half", "bfloat16"),
 }
 _POOLING = {
     f"{name}{dims}d"
@@ -53,7 +53,8 @@ def find_links(model: nn.Module, graph: Graph) -> list[Link]:
     Modules that are called more than once, share a parameter, or whose parameters are read elsewhere have no part.
     """
     modules = dict(model.named_modules())
-    scalable = {name for name in _once(graph) if _is_scalable(modules[name], modules) and _reads_own(name, graph)}
+    uses = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
+    scalable = {name for name in _once(graph) if _is_scalable(modules[name], uses) and _reads_own(name, graph)}
     norm_of = graph.foldable_norms(model)
     layer_of = {norm: layer for layer, norm in norm_of.items()}
     links = []
@@ -73,7 +74,7 @@ def _once(graph: Graph) -> list[str]:
     return [name for name, count in times.items() if count == 1]
 
 
-def _is_scalable(module: nn.Module, modules: dict[str, nn.Module]) -> bool:
+def _is_scalable(module: nn.Module, uses: Counter[int]) -> bool:
     """A layer or norm of a type that is known, with parameters that are its own."""
     known = type(module) in SUPPORTED or type(module) in NORMS or isinstance(module, QuantLayer)
     if not (known or type(module) in _LAST_DIM_NORMS) or isinstance(module, nn.Embedding):
@@ -81,9 +82,7 @@ def _is_scalable(module: nn.Module, modules: dict[str, nn.Module]) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or (type(module) in _LAST_DIM_NORMS and weight.dim() != 1):
         return False
-    own = {id(p) for p in module.parameters()}
-    others = (p for m in modules.values() if m is not module for p in m.parameters(recurse=False))
-    return not any(id(p) in own for p in others)
+    return all(uses[id(parameter)] == 1 for parameter in module.parameters())
 
 
 def _reads_own(name: str, graph: Graph) -> bool:
@@ -143,7 +142,11 @@ class _Walk:
         if len(op.outputs) != 1:
             return None
         before, after = self.graph.shapes[tensor], self.graph.shapes[op.outputs[0]]
-        if op.name in _ELEMENTWISE and before == after and (len(op.inputs) == 1 or op.name in ("prelu", "type_as")):
+        alone = op.inputs == (tensor,) or (op.name == "prelu" and op.inputs[0] == tensor)
+        if not alone:
+            return None
+        unchanged = op.name == "to" and op.outputs == op.inputs  # another type may round
+        if unchanged or (op.name in _ELEMENTWISE and before == after):
             return dim
         pools = op.name in _POOLING and len(before) == len(after) == int(op.name[-2]) + 2
         if pools and dim == 1 and after[:2] == before[:2]:
@@ -154,7 +157,7 @@ class _Walk:
             return dim  # each channel becomes so many
         averaged = op.name == "mean" and dim == 1 and after[:2] == before[:2] and after[2:].numel() == 1
         distinct = before[1] not in (before[0], *before[2:])  # else the mean may have been over the channels
-        return dim if averaged and distinct and op.inputs == (tensor,) else None
+        return dim if averaged and distinct else None
 
 
 # -- scaling ---------------------------------------------------------------------------------------------------------
@@ -172,14 +175,14 @@ def rescale(model: nn.Module, link: Link, factor: Tensor) -> None:
             writer.bias.div_(factor.to(writer.bias))
         for name, repeats in link.readers:
             reader: Any = model.get_submodule(name)
-            reader.weight.mul_(_by_input(reader, factor.repeat_interleave(repeats)).to(reader.weight))
+            reader.weight.mul_(by_input(reader, factor.repeat_interleave(repeats)).to(reader.weight))
     for name in {link.writer, *(name for name, _ in link.readers)}:
         module = model.get_submodule(name)
         if isinstance(module, QuantLayer):
             module.rescaled()
 
 
-def _by_input(layer: Any, factor: Tensor) -> Tensor:
+def by_input(layer: Any, factor: Tensor) -> Tensor:
     """`(in,)` as it is broadcast over the weight of a layer."""
     if isinstance(layer, nn.Linear):
         return factor
