@@ -97,6 +97,18 @@ class Conv(nn.Module):
         return self.second(self.between(self.first(x)))
 
 
+class OwnNorm(nn.Module):
+    """An RMS norm as transformers has it; `added` to its weight as in Gemma."""
+
+    def __init__(self, added: float = 0.0) -> None:
+        super().__init__()
+        self.weight, self.added = nn.Parameter(torch.rand(16) + 0.5), added
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight + self.added if self.added else self.weight
+        return weight * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
 IMAGE, VECTOR = torch.randn(2, 4, 9, 9), torch.randn(2, 5, 16)
 EXACT: dict[str, tuple[nn.Module, nn.Module, Any, torch.Tensor]] = {
     "grouped": (nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 12, 3, groups=4), F.relu, IMAGE),
@@ -107,6 +119,7 @@ EXACT: dict[str, tuple[nn.Module, nn.Module, Any, torch.Tensor]] = {
     "mean": (nn.Conv2d(4, 6, 1), nn.Linear(6, 3), lambda x: x.relu().mean((2, 3)), IMAGE),
     "linear": (nn.Linear(16, 8), nn.Linear(8, 4), nn.LeakyReLU(inplace=True), VECTOR),
     "layer norm": (nn.LayerNorm(16), nn.Linear(16, 4), nn.Dropout(0.5), VECTOR),
+    "a norm of another package": (OwnNorm(), nn.Linear(16, 4), nn.Identity(), VECTOR),
     "rms norm": (nn.RMSNorm(16), nn.Linear(16, 4), nn.Identity(), VECTOR),
 }
 
@@ -150,6 +163,7 @@ class Twice(Residual):
         (Conv(nn.Conv2d(4, 9, 1), nn.Linear(9, 3), torch.relu), IMAGE),  # along the width of the image
         (Conv(nn.Linear(16, 8), nn.Linear(8, 4), lambda x: x.to(torch.int64).float()), VECTOR),
         (Conv(nn.Linear(16, 8), nn.Linear(8, 4), lambda x: F.max_pool1d(x, 3, 1, 1)), VECTOR),  # over the channels
+        (Conv(OwnNorm(added=1.0), nn.Linear(16, 4), nn.Identity()), VECTOR),
         (Residual(), VECTOR),
         (ReadElsewhere(), VECTOR),
         (Twice(), VECTOR),

@@ -54,7 +54,8 @@ def find_links(model: nn.Module, graph: Graph) -> list[Link]:
     """
     modules = dict(model.named_modules())
     uses = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
-    scalable = {name for name in _once(graph) if _is_scalable(modules[name], uses) and _reads_own(name, graph)}
+    once = {name for name in _once(graph) if _owns(modules[name], uses) and _reads_own(name, graph)}
+    scalable = {name for name in once if _is_known(modules[name]) or _multiplies_last(name, modules[name], graph)}
     norm_of = graph.foldable_norms(model)
     layer_of = {norm: layer for layer, norm in norm_of.items()}
     links = []
@@ -74,15 +75,32 @@ def _once(graph: Graph) -> list[str]:
     return [name for name, count in times.items() if count == 1]
 
 
-def _is_scalable(module: nn.Module, uses: Counter[int]) -> bool:
-    """A layer or norm of a type that is known, with parameters that are its own."""
-    known = type(module) in SUPPORTED or type(module) in NORMS or isinstance(module, QuantLayer)
-    if not (known or type(module) in _LAST_DIM_NORMS) or isinstance(module, nn.Embedding):
-        return False
+def _owns(module: nn.Module, uses: Counter[int]) -> bool:
+    """Whether a module has a weight, and no other has its parameters."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or (type(module) in _LAST_DIM_NORMS and weight.dim() != 1):
+    return isinstance(weight, nn.Parameter) and all(uses[id(parameter)] == 1 for parameter in module.parameters())
+
+
+def _is_known(module: Any) -> bool:
+    """A layer or norm of torch's, with one factor per channel where it is a norm."""
+    if type(module) in _LAST_DIM_NORMS:
+        return bool(module.weight.dim() == 1)
+    known = type(module) in SUPPORTED or type(module) in NORMS or isinstance(module, QuantLayer)
+    return known and not isinstance(module, nn.Embedding)
+
+
+def _multiplies_last(name: str, module: Any, graph: Graph) -> bool:
+    """Whether a module's output is something of its last dimension times `weight`, its one parameter (RMS norms)."""
+    operations = [op for op in graph.operations if op.module == name and op.name not in _ASKING]
+    outputs = next(outputs for called, _, outputs in graph.calls if called == name)
+    if [key for key, _ in module.named_parameters()] != ["weight"] or module.weight.dim() != 1 or not operations:
         return False
-    return all(uses[id(parameter)] == 1 for parameter in module.parameters())
+    last, given = operations[-1], next(inputs for called, inputs, _ in graph.calls if called == name)
+    made = {tensor for op in operations[:-1] for tensor in op.outputs}
+    own = [tensor for tensor in last.inputs if tensor not in (*given, *made)]
+    read_before = any(tensor in op.inputs for op in operations[:-1] for tensor in own)
+    whole = len(outputs) == 1 and graph.shapes[outputs[0]][-1:] == module.weight.shape
+    return last.name == "mul" and last.outputs == outputs and len(own) == 1 and not read_before and whole
 
 
 def _reads_own(name: str, graph: Graph) -> bool:
@@ -96,11 +114,15 @@ def _reads_own(name: str, graph: Graph) -> bool:
 
 def _channel_dim(module: Any, dimensions: int) -> int | None:
     """The dimension of a module's input and output that holds its channels; None for a shape that is not expected."""
-    if isinstance(module, nn.Linear) or type(module) in _LAST_DIM_NORMS:
-        return dimensions - 1 if dimensions >= 2 else None
     if type(module) in NORMS:
         return 1
-    return 1 if dimensions == len(module.kernel_size) + 2 else None
+    if hasattr(module, "kernel_size"):
+        return 1 if dimensions == len(module.kernel_size) + 2 else None
+    return dimensions - 1 if dimensions >= 2 else None
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or hasattr(module, "kernel_size")
 
 
 class _Walk:
@@ -122,7 +144,7 @@ class _Walk:
             for op in self.graph.operations:
                 if tensor not in op.inputs or op.module == self.writer or op.name in _ASKING:
                     continue
-                if op.module in self.scalable and type(self.modules[op.module]) not in (*NORMS, *_LAST_DIM_NORMS):
+                if op.module in self.scalable and _is_layer(self.modules[op.module]):
                     if self.given[op.module] != (tensor,) or not self._fits(op.module, tensor, dim):
                         return None
                     found[op.module] = self.graph.shapes[tensor][dim] // channels
@@ -167,7 +189,7 @@ def rescale(model: nn.Module, link: Link, factor: Tensor) -> None:
     """Divides the writer's output by `factor` `(channels,)`, and multiplies the weights of its readers with it."""
     with torch.no_grad():
         writer: Any = model.get_submodule(link.writer)
-        if isinstance(writer, nn.Linear) or hasattr(writer, "kernel_size"):
+        if _is_layer(writer):
             writer.weight.div_(_by_output(writer, factor).to(writer.weight))
         else:
             writer.weight.div_(factor.to(writer.weight))
