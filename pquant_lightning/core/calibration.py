@@ -353,10 +353,10 @@ def visit_inputs(
             handle.remove()
 
 
-def reduced(total: Tensor, samples: Samples) -> Tensor:
-    """A sum over the samples of this process, in place the sum over those of all processes."""
+def reduced(total: Tensor, samples: Samples, by: Any = None) -> Tensor:
+    """A sum over the samples of this process, in place the sum over those of all processes; `by` a ReduceOp else."""
     if _reduces(samples):
-        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(total, torch.distributed.ReduceOp.SUM if by is None else by)
     return total
 
 

@@ -45,6 +45,11 @@ class InputMoments:
     reference_mean: Tensor | None = None
     cross: Tensor | None = None
 
+    @property
+    def covariance(self) -> Tensor:
+        """`(groups, n, n)`, of (x - mean) (x - mean)^T."""
+        return self.second - self.mean[:, :, None] * self.mean[:, None, :]
+
 
 def input_rows(layer: Any, x: Tensor) -> Tensor:
     """What the weight of an ordinary layer is multiplied with at each position of its input, `(groups, positions, n)`.
@@ -84,7 +89,7 @@ def _margins(conv: Any) -> list[int]:
 
 
 def has_moments(layer: nn.Module) -> bool:
-    """Whether an ordinary layer multiplies floating-point inputs with its weight."""
+    """Whether an ordinary layer, or a subclass of one, multiplies floating-point inputs with its weight."""
     return isinstance(layer, (nn.Linear, *_CONV, *_CONV_TRANSPOSE))
 
 
@@ -96,11 +101,29 @@ def moment_size(layer: Any) -> tuple[int, int]:
     return layer.groups, layer.in_channels // layer.groups * window
 
 
+class _Products:
+    """The sum of rows and their product with themselves; for layers that read one tensor (q, k, v) computed once."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # rows, their sum, their product
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        total = rows.sum(1)
+        if self._last is None or not _same(rows, self._last[0]) or not torch.equal(total, self._last[1]):
+            self._last = (rows, total, rows.mT @ rows)
+        return total, self._last[2]
+
+
+def _same(rows: Tensor, last: Tensor) -> bool:
+    """Whether they view the same memory; its values may have been changed in between."""
+    return rows.data_ptr() == last.data_ptr() and rows.shape == last.shape and rows.stride() == last.stride()
+
+
 class _Sums:
     """The sums behind `InputMoments`, in float32 (float64 where the inputs are)."""
 
-    def __init__(self, name: str, layer: nn.Module, paired: bool) -> None:
-        self.name, self.layer, self.paired = name, layer, paired
+    def __init__(self, name: str, layer: nn.Module, paired: bool, products: _Products) -> None:
+        self.name, self.layer, self.paired, self.products = name, layer, paired, products
         self.count = 0
         self.sums: list[Tensor] = []  # of x and x x^T, and where paired of x' and (x' - x) x^T
 
@@ -126,8 +149,9 @@ class _Sums:
             empty = [rows.new_zeros(groups, n), rows.new_zeros(groups, n, n)]
             self.sums = [*empty, *(torch.zeros_like(total) for total in empty if self.paired)]
         self.count += positions
-        self.sums[0] += rows.sum(1)
-        self.sums[1].baddbmm_(rows.mT, rows)
+        total, product = self.products(rows)
+        self.sums[0] += total
+        self.sums[1] += product
         if other is not None:
             self.sums[2] += other.sum(1)
             self.sums[3].baddbmm_((other - rows).mT, rows)
@@ -149,7 +173,7 @@ def collect_moments(
 
     Args:
         model: holds the layers.
-        names: of ordinary layers, or of a user's with an adapter.
+        names: of ordinary layers or their subclasses, or of a user's with an adapter.
         samples: what it is run on; in a distributed run every process calls this with samples of its own.
         reference: a twin of the model with the same layers, whose inputs these are to be compared with; it is run
             batch by batch beside the model.
@@ -161,10 +185,11 @@ def collect_moments(
         CalibrationError: a layer receives values that are not finite, or the model cannot be run.
     """
     found: dict[str, _Sums] = {}
+    products = _Products()
 
     def sums_of(name: str) -> _Sums:
         if name not in found:
-            found[name] = _Sums(name, _ordinary(model, name), reference is not None)
+            found[name] = _Sums(name, _ordinary(model, name), reference is not None, products)
         return found[name]
 
     if reference is None:
@@ -183,7 +208,8 @@ def _keep(kept: dict[str, list[Tensor]], name: str, x: Tensor) -> None:
 
 
 def _ordinary(model: nn.Module, name: str) -> nn.Module:
-    layer = as_torch(model.get_submodule(name))
+    module = model.get_submodule(name)
+    layer = module if has_moments(module) else as_torch(module)
     assert layer is not None, name
     return layer
 

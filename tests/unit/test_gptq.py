@@ -1,15 +1,11 @@
-"""Rounding by second moments against theory: the error of a layer's output, and moments against NumPy."""
+"""Rounding by second moments against theory: the error of a layer's output."""
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from pquant_lightning.core.affine import blocks, dequantize, grid_codes, mse_range, mse_scale
-from pquant_lightning.core.calibration import Samples, run_forward
 from pquant_lightning.methods.quantization._adaround import adaround_codes
 from pquant_lightning.methods.quantization._gptq import gptq_codes
-from pquant_lightning.methods.quantization._hessian import collect_moments, in_passes, input_rows, moment_bytes
 
 
 def correlated(rows: int, inputs: int, seed: int = 0) -> torch.Tensor:
@@ -112,57 +108,3 @@ def test_few_samples_are_damped_and_damping_brings_the_nearest_codes():
     assert differing[0] > 50 * (differing[1] + 0.1)
     still = gptq_codes(weight[None], torch.zeros(1, 64, 64), scale[None], None, 4)[0]  # inputs that are always zero
     assert torch.equal(still, nearest)
-
-
-CONVOLUTIONS = {
-    "conv1d": (nn.Conv1d(4, 6, 3, padding=1, stride=2), (3, 4, 11)),
-    "conv2d": (nn.Conv2d(4, 6, 3, padding=1, dilation=2), (3, 4, 9, 8)),
-    "same, grouped": (nn.Conv2d(4, 6, (2, 3), padding="same", groups=2), (3, 4, 9, 8)),
-    "depthwise, circular": (nn.Conv2d(4, 8, 3, padding=1, groups=4, padding_mode="circular"), (2, 4, 6, 6)),
-    "unbatched": (nn.Conv2d(4, 6, 3), (4, 9, 8)),
-    "linear": (nn.Linear(4, 6), (3, 5, 4)),
-}
-
-
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_rows_times_the_weight_are_the_layers_output(name):
-    layer, shape = CONVOLUTIONS[name]
-    x = torch.randn(shape)
-    rows = input_rows(layer, x)
-    weight = layer.weight.flatten(1).unflatten(0, (rows.shape[0], -1))
-    found = torch.einsum("gpi,goi->gop", rows, weight).flatten(0, 1)  # (out, positions)
-    expected = layer(x) - layer.bias.reshape(-1, *[1] * len(getattr(layer, "kernel_size", ())))
-    channels = -1 - len(getattr(layer, "kernel_size", ()))
-    torch.testing.assert_close(found, expected.movedim(channels, 0).flatten(1), rtol=1e-4, atol=1e-5)
-
-
-class Shared(nn.Module):
-    """Two layers read one tensor, and a third reads it after it was changed in place."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.after = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 4)
-
-    def forward(self, x):
-        x = x.clone()
-        summed = self.q(x) + self.k(x)
-        return summed + self.after(F.relu(x, inplace=True))
-
-
-def test_moments_are_those_of_numpy_also_where_inputs_are_shared():
-    model, x = Shared(), torch.randn(20, 6)
-    samples = Samples((x[:12], x[12:]), run_forward)
-    found = collect_moments(model, ["q", "k", "after"], samples)
-    for name, seen in (("q", x), ("k", x), ("after", x.relu())):
-        torch.testing.assert_close(found[name].second[0], seen.T @ seen / 20)
-        torch.testing.assert_close(found[name].mean[0], seen.mean(0))
-        torch.testing.assert_close(found[name].covariance[0], torch.cov(seen.T, correction=0), rtol=1e-4, atol=1e-5)
-        assert found[name].count == 20
-
-
-def test_passes_keep_to_the_bytes():
-    layers = {str(i): nn.Linear(10, 3) for i in range(5)}
-    size = moment_bytes(layers["0"])
-    assert size == 4 * (100 + 10)
-    assert [len(names) for names in in_passes(layers, 2 * size)] == [2, 2, 1]
-    assert [len(names) for names in in_passes(layers, 1)] == [1] * 5

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pquant_lightning.core import moments
 from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.errors import CalibrationError
 from pquant_lightning.core.moments import MomentSource, collect_moments, has_moments, input_rows, moment_size
@@ -111,6 +112,39 @@ def test_double_precision_stays():
     assert collect_moments(model, ["0"], Samples.take([torch.randn(5, 4)], 5))["0"].second.dtype == torch.float64
 
 
+class Shared(nn.Module):
+    """Two layers read one tensor, and a third reads it after it was changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.after = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = x.clone()
+        summed = self.q(x) + self.k(x)
+        return summed + self.after(x.relu_())
+
+
+def test_what_several_layers_read_is_multiplied_once(monkeypatch):
+    model, x = Shared(), torch.randn(20, 6)
+    made = []
+    products = moments._Products
+
+    class Counted(products):
+        def __call__(self, rows):
+            total, product = super().__call__(rows)
+            made.append(product)  # kept, so that an id is not used again
+            return total, product
+
+    monkeypatch.setattr(moments, "_Products", Counted)
+    found = collect_moments(model, ["q", "k", "after"], Samples.take([x[:12], x[12:]], 20))
+    assert len(made) == 6
+    assert len({id(product) for product in made}) == 4
+    for name, seen in (("q", x), ("k", x), ("after", x.relu())):
+        torch.testing.assert_close(found[name].second[0], seen.T @ seen / 20)
+        torch.testing.assert_close(found[name].covariance[0], torch.cov(seen.T, correction=0), rtol=1e-4, atol=1e-5)
+
+
 class TestMomentSource:
     @pytest.mark.parametrize(("max_bytes", "passes"), [(10**6, 1), (1, 2)])
     def test_one_pass_where_the_moments_fit(self, max_bytes, passes):
@@ -118,7 +152,7 @@ class TestMomentSource:
         assert source.passes == 0
         found = [source.get(name) for name in ("conv", "fc", "conv")[: 1 + passes]]
         assert source.passes == min(passes, 2) + (passes == 2)
-        assert all(moments is not None for moments in found)
+        assert all(one is not None for one in found)
         assert source.get("other") is None
         assert source.counts["conv"] == 210
 
@@ -144,5 +178,5 @@ def test_a_stock_transformer_is_visited_in_eval_mode_with_padding():
     mask = torch.tensor([[False, False, True], [False, False, False]])
     samples = Samples(((torch.randn(2, 3, 8), mask),), lambda m, b: m(b[0], src_key_padding_mask=b[1]))
     found = collect_moments(encoder, ["layers.0.linear1", "layers.1.linear2"], samples)
-    assert {moments.count for moments in found.values()} == {6}
+    assert {one.count for one in found.values()} == {6}
     assert encoder.use_nested_tensor is True

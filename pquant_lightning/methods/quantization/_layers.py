@@ -83,6 +83,8 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
     _cache: Any
     _known: bool | None
     observing: bool  # whether training moves `act_range`
+    is_rescaled: bool  # whether factors have been moved into or out of the weight since it was made or loaded
+    outdated: bool  # whether weights from before that have been loaded, for which no range is known
     folded: tuple[Tensor, Tensor] | None  # factor and shift of the norm to be folded in, while the model is deployed
     rounded: Rounded | None  # the weight as calibration has rounded it; until the weight is trained again
 
@@ -92,6 +94,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
             raise ValueError(f"bits are 2 to 8 or 16, got {spec['bits']!r} and {spec['act_bits']!r}")
         layer = cls(**layer_config(spec))
         layer.observing = True
+        layer.is_rescaled = layer.outdated = False
         layer.folded = None
         layer.rounded = None
         layer._bits = (spec["bits"], spec["act_bits"]) if spec["trains"] else (FLOAT, FLOAT)
@@ -231,6 +234,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
                 self.act_scale.copy_(scale)
                 self.act_zero.copy_(zero_point)
         self._known = True
+        self.outdated = False
 
     def set_statistics(self, found: InputStatistics, limits: tuple[float, float]) -> None:
         """Takes over what calibration has measured, and the range chosen from it."""
@@ -238,6 +242,11 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
             self.set_range(*limits)
         if hasattr(self, "act_mean"):
             self.act_mean.copy_(found.mean)
+
+    def rescaled(self) -> None:
+        """Its weight has been scaled, together with that of its neighbours; what was found out before is stale."""
+        self.is_rescaled = True
+        self.rounded = None
 
     def set_bits(self, weight_bits: int, act_bits: int) -> None:
         """Puts bits in force: the weight's learned scale starts anew, the inputs' keeps its range."""
@@ -255,13 +264,16 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(f"{prefix}act_range")
-        if self.known and not self.spec["trains"] and stored is not None and bool(stored[0] > stored[1]):
+        unmeasured = not self.spec["trains"] and stored is not None and bool(stored[0] > stored[1])
+        self.outdated = unmeasured and self.is_rescaled
+        if unmeasured and not self.is_rescaled and self.known:
             # a checkpoint from before the calibration at the end of fit: what has been measured since stays
             measured = ("act_range", "act_mean")
             kept = {f"{prefix}{key}": getattr(self, key).clone() for key in measured if hasattr(self, key)}
             state_dict = {**state_dict, **kept}
         state_dict, self.rounded = self._stored_rounding(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.is_rescaled = False
         self._known = None
         if self.spec["trains"] and not self.weight.is_meta:
             self._known = self.known
@@ -351,7 +363,7 @@ def _deploy(layer: QuantLayer) -> nn.Module:
         codes, scale, zero = _multiplied(codes, scale, zero, factor, layer.axis)
     copied = ("by", "layer", "bits", "act_bits", "act", "group_size", "zero_point", "rounding", "kernel", "version")
     kept = {key: spec[key] for key in copied}
-    if layer.rounded is None and spec["rounding"] not in ("nearest", "hqq"):
+    if layer.rounded is None and spec["rounding"] not in ("nearest", "hqq", "awq"):
         kept["rounding"] = spec["range"]
     if spec["act"] == "static" and not static:
         kept.update(act_bits=FLOAT, act=None, kernel="dequantize: no input has been seen")

@@ -10,10 +10,10 @@ from torch import nn
 
 from pquant_lightning.core.affine import blocks
 from pquant_lightning.core.calibration import Samples
+from pquant_lightning.core.moments import InputMoments, MomentSource
 from pquant_lightning.methods.quantization._adaround import adaround_codes
 from pquant_lightning.methods.quantization._gptq import gptq_codes
 from pquant_lightning.methods.quantization._grids import Rounded, weight_grid
-from pquant_lightning.methods.quantization._hessian import InputMoments, collect_moments, in_passes
 from pquant_lightning.methods.quantization._layers import QuantLayer
 
 log = logging.getLogger(__name__)
@@ -43,28 +43,27 @@ def round_with_data(
         options: of GPTQ.
         max_bytes: moments held at a time.
     """
-    passes = list(in_passes(layers, max_bytes))
-    if len(passes) > 1:
-        log.info("Second moments do not fit into %s bytes: %d passes over the samples", f"{max_bytes:,}", len(passes))
-    reached: set[str] = set()
-    scarce: list[tuple[str, InputMoments]] = []
-    for names in passes:
-        moments = collect_moments(model, names, samples)
-        reached.update(moments)
-        scarce += [(name, m) for name, m in moments.items() if m.count < m.second.shape[1]]
-        for alike in _alike({name: layers[name] for name in names if name in moments}):
-            _round([layers[name] for name in alike], [moments.pop(name) for name in alike], options)
-    if missed := [name for name in layers if name not in reached]:
+    source = MomentSource(model, list(layers), samples, max_bytes)
+    if (passes := len(source.parts)) > 1:
+        log.info("Second moments do not fit into %s bytes: %d passes over the samples", f"{max_bytes:,}", passes)
+    scarce: list[tuple[str, int, int]] = []  # layer, vectors seen, their dimensions
+    for part in source.parts:
+        moments = {name: found for name in part if (found := source.get(name)) is not None}
+        sizes = {name: found.second.shape[1] for name, found in moments.items()}
+        scarce += [(name, source.counts[name], size) for name, size in sizes.items() if source.counts[name] < size]
+        for alike in _alike({name: layers[name] for name in moments}):
+            _round([layers[name] for name in alike], [moments[name] for name in alike], options)
+    if missed := [name for name in layers if name not in source.counts]:
         log.warning("Calibration never reached %s: rounded without data, by HQQ.", ", ".join(map(repr, missed)))
     if scarce:
-        name, first = scarce[0]
+        name, count, size = scarce[0]
         log.warning(
             "The second moments of %d layer(s) come from fewer vectors than they have dimensions (%r: %d for %d) and "
             "are held up by damping (%g of the mean diagonal). More samples (num_samples) would serve the rounding.",
             len(scarce),
             name,
-            first.count,
-            first.second.shape[1],
+            count,
+            size,
             options.damping,
         )
 

@@ -70,6 +70,8 @@ class MixedPrecisionCompression(PTQCompression):
         act_order: see `PTQCompression`.
         damping: see `PTQCompression`.
         max_statistics_bytes: see `PTQCompression`.
+        equalize: see `PTQCompression`; sensitivities are those before it.
+        smooth: see `PTQCompression`.
         fold_norms: see `PTQCompression`.
         correct_bias: see `PTQCompression`.
         overrides: see `PTQCompression`.

@@ -6,19 +6,25 @@ from typing import Any, Literal
 
 from torch import nn
 
+from pquant_lightning.core.calibration import Samples, from_rank_zero
 from pquant_lightning.core.compressed_layer import compressed_layers, weight_of
 from pquant_lightning.core.compression_method import CompressionContext
 from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError
+from pquant_lightning.core.graph import trace
+from pquant_lightning.core.moments import has_moments
 from pquant_lightning.core.options import check_count
 from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.methods.quantization._awq import scale_by_activations
 from pquant_lightning.methods.quantization._base import QuantizationMethod, own_layers
+from pquant_lightning.methods.quantization._equalization import equalize
 from pquant_lightning.methods.quantization._forms import FLOAT
-from pquant_lightning.methods.quantization._hessian import has_moments
 from pquant_lightning.methods.quantization._integer import IntLayer
 from pquant_lightning.methods.quantization._kernels import why_no_kernel
 from pquant_lightning.methods.quantization._layers import TRAINING_KINDS, QuantLayer
 from pquant_lightning.methods.quantization._rounding import DataRounding, round_with_data
+from pquant_lightning.methods.quantization._scaling import find_links
+from pquant_lightning.methods.quantization._smoothing import smooth
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +33,10 @@ _WORDS = {
     "hqq": "HQQ, without data",
     "gptq": "GPTQ, with data",
     "adaround": "AdaRound, with data",
+    "awq": "AWQ, with data",
 }
-_WITH_DATA = ("gptq", "adaround")
+_BY_MOMENTS = ("gptq", "adaround")
+_WITH_DATA = (*_BY_MOMENTS, "awq")
 
 
 @CompressionMethodRegistry.register("ptq")
@@ -51,8 +59,10 @@ class PTQCompression(QuantizationMethod):
         group_size: so many values along the inputs share a scale, instead of a whole output channel; layers whose
             channels it does not divide keep a scale per channel.
         rounding: "gptq" chooses the codes of a layer for a small error of its output, on data (embeddings, transposed
-            and 3-d convolutions and weights shared by layers are rounded as by "hqq"); "adaround" learns for the same
-            purpose which weights are rounded up; "hqq" finds the grid for an error of the weights that forgives
+            convolutions and weights shared by layers are rounded as by "hqq"); "adaround" learns for the same
+            purpose which weights are rounded up; "awq" moves factors between layers, as `equalize` does, so that inputs
+            of large magnitude get finer weights (layers whose inputs nothing can undo them for are rounded as by
+            "nearest", which the log says); "hqq" finds the grid for an error of the weights that forgives
             outliers, without data; "nearest" finds it for the least squared error; "auto" is "nearest" at 8 bits, and
             below "gptq" with data, "hqq" without. The log says which.
         data_aware: whether "auto" chooses weights by data: None = where there are some, True = there must be some,
@@ -60,6 +70,12 @@ class PTQCompression(QuantizationMethod):
         act_order: GPTQ rounds the inputs with the largest second moment first.
         damping: GPTQ adds this share of the second moment's mean diagonal to the diagonal.
         max_statistics_bytes: second moments held at a time; more take more passes over the samples.
+        equalize: move factors between layers so that a layer's outputs and the inputs that read them have weights of
+            equal range, channel by channel; for nets whose channels differ much in range, as with depthwise
+            convolutions. The float model computes the same. Needs samples, to see who reads whom.
+        smooth: SmoothQuant's alpha in [0, 1], e.g. 0.5: move factors from the inputs of layers to their weights, into
+            the norm or layer before; for nets in which a few channels have much larger values than others. The float
+            model computes the same. None does not.
         fold_norms: fold batch norms away; needs samples of data, to see what feeds them.
         correct_bias: correct the mean output of each layer, by its mean input in calibration.
         overrides: bits of single layers: glob patterns over module names to `bits`, `weight_bits` or `act_bits`; the
@@ -80,6 +96,8 @@ class PTQCompression(QuantizationMethod):
     References:
         Nagel et al., "A White Paper on Neural Network Quantization", 2021, section 3. Frantar et al., "GPTQ", 2023.
         Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020.
+        Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, equation 11.
+        Xiao et al., "SmoothQuant", 2023, equation 4. Lin et al., "AWQ", 2023.
         Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023.
 
     >>> PTQCompression(bits=4, scheme="weight_only", group_size=32).bits_of("fc", False)
@@ -88,11 +106,13 @@ class PTQCompression(QuantizationMethod):
 
     scheme: Literal["static", "dynamic", "weight_only"] = "static"
     group_size: int | None = None
-    rounding: Literal["auto", "nearest", "hqq", "gptq", "adaround"] = "auto"
+    rounding: Literal["auto", "nearest", "hqq", "gptq", "adaround", "awq"] = "auto"
     data_aware: bool | None = None
     act_order: bool = True
     damping: float = 0.01
     max_statistics_bytes: int = 2**30
+    equalize: bool = False
+    smooth: float | None = None
     fold_norms: bool = True
     correct_bias: bool = True
 
@@ -106,7 +126,16 @@ class PTQCompression(QuantizationMethod):
         if not 0 < self.damping <= 1:
             raise OptionError(f"PTQCompression: damping is a share in (0, 1], got {self.damping}.")
         if self.num_samples == 0 and (self.data_aware or self.rounding in _WITH_DATA):
-            raise OptionError("PTQCompression: GPTQ and AdaRound need data, so num_samples is at least 1, got 0.")
+            raise OptionError("PTQCompression: GPTQ, AdaRound and AWQ need data, so num_samples is at least 1, got 0.")
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise OptionError(f"PTQCompression: smooth is a strength in [0, 1] (0.5 is usual), got {self.smooth}.")
+        if self.smooth is not None and self.scheme == "weight_only":
+            raise OptionError(
+                "PTQCompression: smooth helps layers that round their inputs, and scheme='weight_only' rounds none. "
+                "Leave it out, or use scheme='static' or 'dynamic'."
+            )
+        if self.num_samples == 0 and (self.equalize or self.smooth is not None):
+            raise OptionError("PTQCompression: equalize and smooth need samples: num_samples is at least 1, got 0.")
         if self.data_aware is False and self.rounding in _WITH_DATA:
             raise OptionError(
                 f"PTQCompression: rounding={self.rounding!r} needs data; data_aware=False forbids them. Leave one out."
@@ -121,7 +150,8 @@ class PTQCompression(QuantizationMethod):
 
     @property
     def needs_samples(self) -> bool:
-        return self.scheme == "static" or bool(self.data_aware) or self.rounding in _WITH_DATA
+        asked = bool(self.data_aware) or self.rounding in _WITH_DATA or self.equalize or self.smooth is not None
+        return self.scheme == "static" or asked
 
     def bits_of(self, name: str, is_end: bool) -> tuple[int, int]:
         protected = is_end and not (self.first_last_bits is None and self.group_size is not None)
@@ -138,7 +168,7 @@ class PTQCompression(QuantizationMethod):
         correctable = not isinstance(layer, nn.Embedding) and axis == 0
         return {
             "act": self.scheme if spec["act_bits"] < FLOAT else None,
-            "range": "max" if spec["bits"] == 8 else "mse" if rounding == "nearest" else "hqq",
+            "range": "max" if spec["bits"] == 8 else "mse" if rounding in ("nearest", "awq") else "hqq",
             "zero_point": spec["bits"] < 8
             and not tied
             and why_no_kernel(layer, spec["act_bits"], group_size) is not None,
@@ -149,11 +179,12 @@ class PTQCompression(QuantizationMethod):
         }
 
     def _rounding_of(self, layer: nn.Module, bits: int, context: CompressionContext, tied: bool) -> str:
-        wanted = self.rounding
+        wanted = "nearest" if bits == FLOAT else self.rounding
         if wanted == "auto":
             data = self.data_aware is not False and context.samples is not None
             wanted = "nearest" if bits >= 8 else "gptq" if data else "hqq"
-        return "hqq" if wanted in _WITH_DATA and (tied or not has_moments(layer)) else wanted
+        by_rows = has_moments(layer) and TRAINING_KINDS[type(layer)].axis == 0  # not transposed: a row is an output
+        return "hqq" if wanted in _WITH_DATA and (tied or not by_rows) else wanted
 
     def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
         super().apply(model, plan, context)
@@ -163,21 +194,51 @@ class PTQCompression(QuantizationMethod):
 
     def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
         if context.samples is None and self.needs_samples:
-            why = "scheme='static' measures" if self.scheme == "static" else "GPTQ (or AdaRound) rounds weights by"
+            if self.scheme == "static":
+                why = "scheme='static' measures the inputs of the layers"
+            elif self.data_aware or self.rounding in _WITH_DATA:
+                why = "GPTQ (or AdaRound, AWQ) rounds weights by the inputs of the layers"
+            else:
+                why = "equalize or smooth sees on samples which layers read which"
             raise CalibrationError(
-                f"ptq with {why} the inputs of the layers: give compress_model a train_loader (a loader, a list of "
-                "batches or a datamodule), or use scheme='dynamic' or 'weight_only' and rounding='hqq'."
+                f"ptq with {why}: give compress_model a train_loader (a loader, a list of batches or a datamodule), or "
+                "use scheme='dynamic' or 'weight_only' and rounding='hqq', without these."
             )
+        if context.samples is not None:
+            self._move_factors(model, context.samples, context.by)
         super().calibrate(model, context)
         if context.samples is not None:
             own = own_layers(model, context.by)
-            rounded = {n: layer for n, layer in own.items() if layer.spec["rounding"] in _WITH_DATA}
+            rounded = {n: layer for n, layer in own.items() if layer.spec["rounding"] in _BY_MOMENTS}
             round_with_data(
                 model, rounded, context.samples, DataRounding(self.act_order, self.damping), self.max_statistics_bytes
             )
 
+    def _move_factors(self, model: nn.Module, samples: Samples, by: str) -> None:
+        """Rescales neighbouring layers, as the options say; the model computes the same."""
+        by_activations = any(layer.spec["rounding"] == "awq" for layer in own_layers(model, by).values())
+        if not (self.equalize or self.smooth is not None or by_activations):
+            return
+        links = from_rank_zero(find_links(model, trace(model, samples)), samples)
+        if self.equalize:
+            log.info("ptq equalizes the ranges of channels between layers at %d place(s)", equalize(model, links))
+        if self.smooth is not None:
+            log.info("ptq smooths the inputs of layers at %d place(s)", smooth(model, links, samples, self.smooth))
+        if by_activations:
+            scaled = scale_by_activations(model, links, samples, self.max_statistics_bytes)
+            _leave_nearest(own_layers(model, by), scaled)
+
     @classmethod
     def finalize(cls, model: nn.Module) -> None:
+        outdated = [
+            name for name, layer in compressed_layers(model).items() if isinstance(layer, QuantLayer) and layer.outdated
+        ]
+        if outdated:
+            raise ModelError(
+                f"The weights loaded into {outdated[0]!r} (and {len(outdated) - 1} more) are from before equalize, "
+                "smooth or AWQ rescaled them at the end of fit, and the ranges measured since are not theirs. Load the "
+                "artefact that the fit has written (compressed.safetensors)."
+            )
         static = [
             layer
             for layer in compressed_layers(model).values()
@@ -191,3 +252,16 @@ class PTQCompression(QuantizationMethod):
                 "fit: trainer.fit(model, ckpt_path=...)."
             )
         super().finalize(model)
+
+
+def _leave_nearest(layers: dict[str, QuantLayer], scaled: set[str]) -> None:
+    """Says which layers AWQ cannot scale, and that they are rounded to nearest."""
+    left = [name for name, layer in layers.items() if layer.spec["rounding"] == "awq" and name not in scaled]
+    for name in left:
+        layers[name].spec = {**layers[name].spec, "rounding": "nearest"}
+    if left:
+        log.warning(
+            "AWQ has nowhere to put the factors of %s: other things read what feeds them, or no norm or layer does. "
+            "They are rounded to nearest.",
+            ", ".join(map(repr, left)),
+        )
