@@ -28,6 +28,8 @@ from pquant_lightning.core.errors import CalibrationError, OptionError
 from pquant_lightning.core.layer_adapter import layer_spec
 from pquant_lightning.core.moments import damped_root, energy
 from pquant_lightning.core.plan import LayerPlan
+from pquant_lightning.methods.tensor_networks import _tt_refit
+from pquant_lightning.methods.tensor_networks._contraction import merged
 from pquant_lightning.methods.tensor_networks._cp_als import cp_als, cp_dense
 from pquant_lightning.methods.tensor_networks._output_fit import (
     correction,
@@ -38,6 +40,7 @@ from pquant_lightning.methods.tensor_networks._output_fit import (
     mode_roots,
     scale_modes,
 )
+from pquant_lightning.methods.tensor_networks._tt_refit import _refit, refit_cores
 from pquant_lightning.methods.tensor_networks._tt_svd import tt_dense, tt_svd
 from pquant_lightning.methods.tensor_networks.tensor_train import from_train, to_train
 from pquant_lightning.methods.tensor_networks.tucker import _split
@@ -100,7 +103,13 @@ def test_the_output_error_on_the_samples_is_at_most_that_without_data(method, na
 
 @pytest.mark.parametrize(
     ("method", "name", "share"),
-    [("tucker", "conv", 0.6), ("cp", "conv", 0.6), ("tensor_train", "conv", 0.6), ("cp", "linear", 0.8)],
+    [
+        ("tucker", "conv", 0.6),
+        ("cp", "conv", 0.6),
+        ("tensor_train", "conv", 0.6),
+        ("cp", "linear", 0.8),
+        ("tensor_train", "linear", 0.8),
+    ],
 )
 def test_correlated_inputs_make_it_much_smaller(method, name, share):
     layer, size = LAYERS[name]
@@ -178,11 +187,37 @@ def test_a_train_of_two_cores_is_optimal_where_the_moment_is_a_kronecker_product
     def approximate(matrix):
         return from_train(tt_dense(tt_svd(to_train(matrix, rows, columns), [1, 3, 1])[0]), rows, columns)
 
-    found = fit_matrix(weight, moment, (rows, columns), approximate)
+    found = fit_matrix(weight, moment, (rows, columns), approximate, lambda matrix: matrix)
     whitened = to_train(weight @ torch.kron(*(torch.linalg.cholesky(part) for part in parts)), rows, columns)
     tail = torch.linalg.svdvals(whitened[0])[3:].square().sum()
     assert energy(weight - found, moment) == pytest.approx(float(tail), rel=1e-6)
     assert energy(weight - approximate(weight), moment) > 1.1 * float(tail)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_refitted_core_is_the_least_squares_one(place, no_damping, monkeypatch):
+    """Against a dense least-squares problem over the core's own numbers."""
+    rows, columns = (2, 3, 2), (3, 2, 2)
+    weight, moment = torch.randn(11, 12, dtype=torch.float64), _moment(12)
+    sizes = [(1, 2, 3, 2), (2, 3, 2, 3), (3, 2, 2, 1)]
+    cores = [torch.randn(size, dtype=torch.float64) for size in sizes]
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, 1))
+    fitted = _refit(cores, place, padded @ moment, moment)
+
+    def dense(core):
+        return merged([*cores[:place], core, *cores[place + 1 :]])
+
+    root = torch.linalg.cholesky(moment)
+    units = torch.eye(cores[place].numel(), dtype=torch.float64).reshape(-1, *sizes[place])
+    system = torch.stack([(dense(unit) @ root).flatten() for unit in units], 1)
+    solved = torch.linalg.lstsq(system, (padded @ root).flatten(), driver="gelsd").solution.reshape(sizes[place])
+    best = energy(padded - dense(solved), moment)
+    assert energy(padded - dense(fitted), moment) == pytest.approx(best, rel=1e-6)
+    assert energy(padded - dense(cores[place]), moment) > 1.1 * best
+    after = refit_cores(cores, weight, moment, (rows, columns))
+    assert energy(padded - merged(after), moment) < best
+    monkeypatch.setattr(_tt_refit, "MOST_NUMBERS", 1)
+    assert all(map(torch.equal, refit_cores(cores, weight, moment, (rows, columns)), cores))
 
 
 def test_scaling_modes_is_the_kronecker_product_and_is_undone():

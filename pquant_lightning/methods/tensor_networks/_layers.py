@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,21 @@ from pquant_lightning.methods.tensor_networks._convs import is_transposed
 
 
 class FactoredLayer(CompressedLayer, stage=Stage.FACTORIZE):
-    """A chain of ordinary layers, `parts`, that stands for one layer: later methods see ordinary layers."""
+    """A chain of ordinary layers, `parts`, that stands for one layer: later methods see ordinary layers.
 
+    The bias is that of the last part, or of the layer itself where the kind `owns_bias`.
+    """
+
+    owns_bias: ClassVar[bool] = False
     parts: nn.ModuleList
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], replaced: nn.Module | None) -> Self:
         layer = cls()
         layer.parts = nn.ModuleList(build_layer(part) for part in cls.part_specs(spec))
+        if cls.owns_bias:
+            bias = nn.Parameter(torch.empty(spec["layer"]["out_features"])) if spec["layer"]["bias"] else None
+            layer.register_parameter("bias", bias)
         return layer
 
     @staticmethod
@@ -36,7 +43,7 @@ class FactoredLayer(CompressedLayer, stage=Stage.FACTORIZE):
             assert isinstance(own, Tensor)
             own.copy_(weight.reshape(own.shape))
         if bias is not None:
-            (self if hasattr(self, "bias") else self.parts[-1]).bias = bias
+            (self if self.owns_bias else self.parts[-1]).bias = bias
 
     def weights(self) -> list[Tensor]:
         """The weight of each part, or the one it stands for where a later method has replaced it."""

@@ -4,9 +4,9 @@ With C = E[x x^T] = S S^T, the error E ||W x - W' x||^2 is that of W S in the Fr
 form when a mode of the input is multiplied by a matrix, so W S is decomposed and S taken off the input's factor again:
 for a convolution S is the root of the moment of its channels, which a first factor of size 1x1 sees exactly; for a
 Linear, whose input is split into modes, one root per mode, which together stand for the moment as a Kronecker product.
-What the last factor makes of the others is then fitted to the whole moment by least squares. The decomposition of the
-weight alone is fitted as well, and what has the smaller output error on the samples is taken, so that it never has the
-larger one.
+What the last factor makes of the others (of a CP matrix the factors of the output, of a train each core in turn) is
+then fitted to the whole moment by least squares. The decomposition of the weight alone is a candidate as well, and what
+has the smaller output error on the samples is taken, so that it never has the larger one.
 
 Reference: Wang et al., "SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression",
 2024, for matrices.
@@ -107,9 +107,7 @@ def mode_roots(moment: Tensor, modes: Sequence[int]) -> list[Tensor] | None:
     >>> torch.allclose((roots[1] / roots[1][0, 0])[2, 2], torch.tensor(5.0), rtol=0.2)
     True
     """
-    size = math.prod(modes)
-    missing = size - moment.shape[-1]
-    moment = F.pad(moment, (0, missing, 0, missing))
+    size, moment = math.prod(modes), pad_moment(moment, modes)
     roots = []
     before = 1
     for mode in modes:
@@ -133,6 +131,12 @@ def scale_modes(matrix: Tensor, roots: Sequence[Tensor], undo: bool = False) -> 
     return tensor.flatten(1)
 
 
+def pad_moment(moment: Tensor, modes: Sequence[int]) -> Tensor:
+    """A moment `(n, n)` with zeros up to the product of the modes."""
+    missing = math.prod(modes) - moment.shape[-1]
+    return F.pad(moment, (0, missing, 0, missing)) if missing else moment
+
+
 def padded_matrix(matrix: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
     """A matrix with zeros up to the products of its modes."""
     missing = math.prod(columns) - matrix.shape[1], math.prod(rows) - matrix.shape[0]
@@ -141,7 +145,11 @@ def padded_matrix(matrix: Tensor, rows: Sequence[int], columns: Sequence[int]) -
 
 @torch.no_grad()
 def fit_matrix(
-    weight: Tensor, moment: Tensor, modes: tuple[Sequence[int], Sequence[int]], approximate: Callable[[Tensor], Tensor]
+    weight: Tensor,
+    moment: Tensor,
+    modes: tuple[Sequence[int], Sequence[int]],
+    approximate: Callable[[Tensor], Tensor],
+    refit: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """An approximation of a matrix whose output error is at most that of `approximate`.
 
@@ -151,6 +159,7 @@ def fit_matrix(
         modes: of rows and of columns.
         approximate: gives another matrix for one of the padded size; multiplying modes of its columns by matrices keeps
             its form.
+        refit: makes such an approximation better for the outputs, as a rule.
 
     Returns:
         `(m, n)`, padded; float64.
@@ -161,7 +170,12 @@ def fit_matrix(
     if (roots := mode_roots(moment, modes[1])) is not None:
         found.append(scale_modes(approximate(scale_modes(padded, roots)), roots, undo=True))
     m, n = weight.shape
-    return min(found, key=lambda matrix: energy(weight - matrix[:m, :n], moment))
+
+    def error(matrix: Tensor) -> float:
+        return energy(weight - matrix[:m, :n], moment)
+
+    best = min(found, key=error)
+    return min(best, refit(best), key=error)
 
 
 @torch.no_grad()

@@ -87,12 +87,7 @@ class TensorTrainLinear(_TrainMatrix, kind="tensor_train_linear"):
     costs least for the number of rows: the chain for few, merged cores for more, the rebuilt weight for many.
     """
 
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any], replaced: nn.Module | None) -> Self:
-        layer = super().from_spec(spec, replaced)
-        out_features = spec["layer"]["out_features"]
-        layer.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if spec["layer"]["bias"] else None)
-        return layer
+    owns_bias = True
 
     @staticmethod
     def part_specs(spec: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """CP: a convolution as 1x1, depthwise, 1x1; a Linear whose tensorized weight is a sum of rank-one terms."""
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,14 +61,8 @@ class CPLinear(FactoredLayer, kind="cp_linear"):
     products, R * (in + out) multiply-accumulates per row.
     """
 
+    owns_bias = True
     bias: nn.Parameter | None
-
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any], replaced: nn.Module | None) -> Self:
-        layer = super().from_spec(spec, replaced)
-        out_features = spec["layer"]["out_features"]
-        layer.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if spec["layer"]["bias"] else None)
-        return layer
 
     @staticmethod
     def part_specs(spec: dict[str, Any]) -> list[dict[str, Any]]:

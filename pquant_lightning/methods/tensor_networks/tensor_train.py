@@ -16,6 +16,7 @@ from pquant_lightning.core.options import check_count, check_rank_or_share, one_
 from pquant_lightning.core.plan import LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.methods.tensor_networks._base import TensorNetworkMethod, output_moment
+from pquant_lightning.methods.tensor_networks._contraction import merged
 from pquant_lightning.methods.tensor_networks._convs import CONVS, to_kernel, why_no_kernel
 from pquant_lightning.methods.tensor_networks._layers import random_like
 from pquant_lightning.methods.tensor_networks._output_fit import fit_kernel, fit_matrix, padded_matrix
@@ -25,7 +26,9 @@ from pquant_lightning.methods.tensor_networks._tensor_train_layers import (
     TensorTrainEmbedding,
     TensorTrainLinear,
     kernel_steps,
+    train_shape,
 )
+from pquant_lightning.methods.tensor_networks._tt_refit import refit_cores
 from pquant_lightning.methods.tensor_networks._tt_svd import tt_dense, tt_ranks, tt_svd
 
 _Matrix = TensorTrainLinear | TensorTrainEmbedding
@@ -157,20 +160,25 @@ def _fitted_tensor(layer: nn.Module, spec: dict[str, Any], moment: Tensor) -> Te
     """The train of these ranks with the least output error we find, as the tensor that it stands for; float64."""
     ranks = spec["ranks"]
     if "row_modes" in spec:
-        modes = spec["row_modes"], spec["column_modes"]
-        return to_train(
-            fit_matrix(
-                weight_of(layer).detach(),
-                moment[0],
-                modes,
-                lambda whole: from_train(tt_dense(tt_svd(to_train(whole, *modes), ranks)[0]), *modes),
-            ),
-            *modes,
-        )
+        return _fitted_matrix(weight_of(layer).detach().double(), moment[0].double(), spec)
     kernel = to_kernel(weight_of(layer).detach().double(), layer_spec(layer)).flatten(3)
     left, inner = fit_kernel(kernel, moment, lambda whole: _split(whole, _modes(layer, spec), ranks))
     fitted = (left @ inner.flatten(2)).unflatten(2, inner.shape[2:])
     return fitted.movedim(1, -1).reshape(len(kernel), *_modes(layer, spec))
+
+
+def _fitted_matrix(weight: Tensor, moment: Tensor, spec: dict[str, Any]) -> Tensor:
+    modes, ranks, shape = (spec["row_modes"], spec["column_modes"]), spec["ranks"], train_shape(spec)
+
+    def approximate(matrix: Tensor) -> Tensor:
+        return from_train(tt_dense(tt_svd(to_train(matrix, *modes), ranks)[0]), *modes)
+
+    def refit(matrix: Tensor) -> Tensor:
+        cores, _ = tt_svd(to_train(matrix, *modes), ranks)
+        sized = [core.reshape(size) for core, size in zip(cores, shape.cores, strict=True)]
+        return merged(refit_cores(sized, weight, moment, modes))
+
+    return to_train(fit_matrix(weight, moment, modes, approximate, refit), *modes)
 
 
 def _split(kernel: Tensor, modes: list[int], ranks: list[int]) -> tuple[Tensor, Tensor]:
