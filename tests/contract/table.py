@@ -123,7 +123,7 @@ TABLE: dict[str, MethodRows] = {
         rows=({"rank": 2}, {"max_error": 0.85}),
         lossless={"rank": 10_000, "min_saving": 0.0},
         tolerance=1e-4,
-        ladder=tuple({"rank": rank, "min_saving": 0.0} for rank in (1, 3, 9)),
+        ladder=tuple({"rank": rank, "min_saving": 0.0} for rank in (1, 4, 12)),
         models=("mlp", "conv_net", "transformer"),
     ),
     "tucker": MethodRows(
