@@ -391,7 +391,7 @@ class LayerMethod(CompressionMethod):
                 if reason is not None and "lazy" in reason and chosen(name) is None:
                     raise ModelError(f"Layer {name!r} {reason}.")
                 if reason is not None:
-                    skipped.append(Skip(name, reason))
+                    skipped.append(Skip(name or type(module).__name__, reason))
             elif (reason := chosen(name)) is not None:
                 skipped.append(Skip(name, reason))
             else:

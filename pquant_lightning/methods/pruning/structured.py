@@ -183,8 +183,8 @@ class StructuredPruning(CompressionMethod):
         for name, layer in compressed_layers(model).items():
             if layer.stage >= self.stage:
                 raise ModelError(
-                    f"Layer {name!r} is {layer.described()} already; channels are removed before that: prune the model "
-                    "as it was, or give the Trainer the callbacks in the order factorize, prune, quantize."
+                    f"Layer {name!r} is compressed already ({layer.described()}); channels are removed before that, "
+                    "and once: prune the model as it was, with one callback, in the order factorize, prune, quantize."
                 )
         for name, module in model.named_modules():
             if (ordinary := as_torch(module)) is not None:

@@ -205,7 +205,7 @@ class UnstructuredPruning(CompressionMethod):
             for weight in weights.values():
                 owners.setdefault(id(weight), name)
             if reason is not None:
-                skipped.append(Skip(name, reason, context.by))
+                skipped.append(Skip(name or type(module).__name__, reason, context.by))
             elif weights:
                 layers.append(LayerPlan(name, {"parameters": list(weights), **spec}))
         return CompressionPlan(self.name, context.by, tuple(layers), tuple(skipped))
