@@ -1,6 +1,6 @@
 """What rounding one layer does to the model's output: measured layer by layer, or from gradients in one pass."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.core.calibration import Samples, run_samples
 from pquant_lightning.core.errors import CalibrationError
+from pquant_lightning.core.graph import tensors_in
 
 _DRAWS = 4  # random directions per batch
 Losses = dict[str, dict[int, float]]  # by layer and bits: squared error of the output / squared output
@@ -100,17 +101,5 @@ def fisher_losses(
 
 def _flat(output: Any) -> Tensor:
     """All floating-point tensors of an output in one vector of float32."""
-    parts = [tensor.float().flatten() for tensor in _tensors(output)]
+    parts = [tensor.float().flatten() for tensor in tensors_in(output) if tensor.is_floating_point()]
     return torch.cat(parts) if parts else torch.zeros(0)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
