@@ -129,6 +129,10 @@ def carrier_of(model: nn.Module) -> tuple[str, CompressedLayer] | None:
     return next(((n, layer) for n, layer in compressed_layers(model).items() if "group" in layer.spec), None)
 
 
+# by carrier: its name, the parts in its spec, and the groups they describe, which a training reads at every step
+_GROUPS: WeakKeyDictionary[nn.Module, tuple[str, Any, list[Units]]] = WeakKeyDictionary()
+
+
 def groups_of(model: nn.Module) -> list[Units]:
     """The groups that the model's carrier knows; none where it has no carrier."""
     found = carrier_of(model)
@@ -136,6 +140,13 @@ def groups_of(model: nn.Module) -> list[Units]:
         return []
     name, carrier = found
     group = carrier.spec["group"]
+    held = _GROUPS.get(carrier)
+    if held is None or held[0] != name or held[1] is not group["parts"]:
+        held = _GROUPS[carrier] = (name, group["parts"], _decoded(name, group))
+    return held[2]
+
+
+def _decoded(name: str, group: Mapping[str, Any]) -> list[Units]:
     return [
         Units(
             tuple(

@@ -25,8 +25,9 @@ from pquant_lightning.core.layer_adapter import as_torch, layer_spec
 from pquant_lightning.core.options import check_count
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
 from pquant_lightning.core.splitting import split_view
+from pquant_lightning.core.structure import relative_path
 from pquant_lightning.core.surgery import get_layer
-from pquant_lightning.methods.quantization._folding import fold_norms, relative_path
+from pquant_lightning.methods.quantization._folding import fold_norms
 from pquant_lightning.methods.quantization._forms import FLOAT
 from pquant_lightning.methods.quantization._grids import nearest_codes, weight_grid
 from pquant_lightning.methods.quantization._kernels import why_no_kernel

@@ -1,6 +1,5 @@
 """Batch norms folded into the quantized layer before them, when the model is deployed."""
 
-import posixpath
 from typing import Any, Self
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers
 from pquant_lightning.core.layer_adapter import layer_spec
+from pquant_lightning.core.structure import absolute_path
 from pquant_lightning.core.surgery import get_layer, replace_layer
 from pquant_lightning.methods.quantization._layers import QuantLayer
 
@@ -35,20 +35,11 @@ class FoldedNorm(CompressedLayer, kind="folded_norm", stage=Stage.QUANTIZE):
         return "folded into the layer before it"
 
 
-def relative_path(layer: str, norm: str) -> str:
-    """How a norm is found from its layer, wherever both are put.
-
-    >>> relative_path("block.conv", "block.bn")
-    '../bn'
-    """
-    return posixpath.relpath(norm.replace(".", "/"), layer.replace(".", "/"))
-
-
 def norm_of(model: nn.Module, name: str, layer: QuantLayer) -> tuple[str, nn.Module] | None:
     """Name and module of the norm behind a layer, as its spec says; None where there is none."""
     if layer.spec["norm"] is None:
         return None
-    path = posixpath.normpath(posixpath.join(name.replace(".", "/"), layer.spec["norm"])).replace("/", ".")
+    path = absolute_path(name, layer.spec["norm"])
     return path, get_layer(model, path)
 
 
