@@ -366,11 +366,17 @@ def test_options_that_do_not_fit_the_model(options: dict[str, Any], message: str
     assert not adapters(model)
 
 
-def test_groups_that_do_not_divide_the_rank() -> None:
-    with pytest.raises(
-        OptionError, match=r"the rank 3 of layer 'conv2' does not divide into its 2 groups.*rank_pattern"
-    ):
-        compress_model(ConvNet(), "lora", r=3)
+def test_groups_that_do_not_divide_the_rank_are_left_alone() -> None:
+    plan = LoRACompression(r=3).plan(ConvNet())
+    assert {skip.name: skip.reason for skip in plan.skipped}["conv2"].startswith(
+        "the rank 3 does not divide into its 2"
+    )
+    assert "conv1" in [layer.name for layer in plan.layers]
+
+
+def test_groups_that_do_not_divide_a_rank_given_by_name() -> None:
+    with pytest.raises(OptionError, match=r"layer 'conv2' the rank 3, which does not divide into its 2 groups"):
+        compress_model(ConvNet(), "lora", rank_pattern={"conv2": 3})
 
 
 def test_loftq_needs_float_weights() -> None:

@@ -151,9 +151,12 @@ class LoRACompression(LayerMethod):
                 f"init='loftq' needs float weights, and layer {name!r} holds integers. Use another init, or start from "
                 "the float model: callbacks=[LoRACallback(init='loftq'), QATCallback(bits=4)]."
             )
+        rank = self._rank(name, layer, kind)
+        if isinstance(rank, Skip):
+            return rank
         return {
             "kind": kind.kind,
-            "r": self._rank(name, layer, kind),
+            "r": rank,
             "alpha": _last_match(name, self.alpha_pattern, self.alpha),
             "dropout": self.dropout,
             "init": self.init,
@@ -164,7 +167,7 @@ class LoRACompression(LayerMethod):
             "lr_ratio": self.lr_ratio,
         }
 
-    def _rank(self, name: str, layer: nn.Module, kind: type[LoRALayer]) -> int:
+    def _rank(self, name: str, layer: nn.Module, kind: type[LoRALayer]) -> int | Skip:
         named = _last_match(name, self.rank_pattern, None)
         groups = getattr(layer, "groups", 1)
         assert isinstance(layer.weight, torch.Tensor)
@@ -175,10 +178,14 @@ class LoRACompression(LayerMethod):
                 f"LoRACompression: rank_pattern gives layer {name!r} the rank {rank}, above its full rank {full}. Use "
                 "a smaller one."
             )
+        if rank % groups and named is None:
+            return Skip(
+                name, f"the rank {rank} does not divide into its {groups} groups; name a multiple in rank_pattern"
+            )
         if rank % groups:
             raise OptionError(
-                f"LoRACompression: the rank {rank} of layer {name!r} does not divide into its {groups} groups. Exclude "
-                f"the layer, or give it a multiple: rank_pattern={{{name!r}: {groups}}}."
+                f"LoRACompression: rank_pattern gives layer {name!r} the rank {rank}, which does not divide into its "
+                f"{groups} groups. Give it a multiple: rank_pattern={{{name!r}: {groups}}}."
             )
         return rank
 
