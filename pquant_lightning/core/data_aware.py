@@ -131,6 +131,8 @@ class DataAwareMethod(LayerMethod):
     def _report_data(self, context: CompressionContext, samples: Samples) -> None:
         source, notes = context.notes.get("source"), context.notes
         passes = f" in {source.passes} passes (max_statistics_bytes)" if source and source.passes > 1 else ""
+        if source and source.blocks:
+            passes = f", block by block in {len(source.blocks)} blocks (max_statistics_bytes)"
         log.info("%s has fitted layers to their inputs in %d samples%s.", self.name, samples.count, passes)
         if notes["unreached"]:
             log.warning(

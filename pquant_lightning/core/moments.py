@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pquant_lightning.core.calibration import Samples, reduced, visit_inputs
+from pquant_lightning.core.block_chain import BlockInputs, find_chain
+from pquant_lightning.core.calibration import Samples, from_rank_zero, reduced, visit_inputs
 from pquant_lightning.core.errors import CalibrationError
 from pquant_lightning.core.layer_adapter import as_torch
 
@@ -217,24 +218,38 @@ def _ordinary(model: nn.Module, name: str) -> nn.Module:
 class MomentSource:
     """Moments of many layers, collected when they are asked for: all in one pass where they fit, else part by part.
 
+    Where they do not fit and the model is a chain of blocks, whose inputs do fit, the parts are those of one block
+    after the other: each block then runs twice per sample, on the inputs that the block before has left in memory,
+    instead of the whole model once per part.
+
     Args:
         model: holds the layers; parts that are collected later see the model as it is then.
         names: of the layers, in the order in which they will be asked for.
         samples: what the model is run on.
-        max_bytes: what the moments held at one time may take; a single layer is always held.
+        max_bytes: what the moments held at one time may take, and the inputs of a block; a single layer is always held.
 
     Attributes:
-        passes: over the samples so far.
+        parts: names of the layers that are collected together.
+        blocks: the blocks that are run one by one; empty where the model is run as a whole.
+        passes: of the whole model over the samples so far.
         counts: positions at which each layer was seen.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], samples: Samples, max_bytes: int) -> None:
-        self.model, self.samples = model, samples
+        self.model, self.samples, self.max_bytes = model, samples, max_bytes
         self.parts = list(_parts(model, names, max_bytes))
+        self.blocks: tuple[str, ...] = ()
         self.passes = 0
         self.counts: dict[str, int] = {}
         self._part: list[str] = []
         self._held: dict[str, InputMoments] = {}
+        self._inputs: BlockInputs | None = None
+        if len(self.parts) > 1:
+            self.blocks = from_rank_zero(find_chain(model, names, samples), samples)
+        if self.blocks and self._start_chain():
+            of_block = {name: self._block_of(name) for name in names}
+            groups = [[n for n in names if of_block[n] == block] for block in dict.fromkeys(of_block.values())]
+            self.parts = [part for group in groups for part in _parts(model, group, max_bytes)]
 
     def collect_first(self) -> None:
         """Collects the first part now, before the model is changed."""
@@ -250,10 +265,37 @@ class MomentSource:
             self._collect(part)
         return self._held.get(name)
 
+    def _block_of(self, name: str) -> int | None:
+        found = (i for i, block in enumerate(self.blocks) if name == block or name.startswith(f"{block}."))
+        return next(found, None)
+
+    def _start_chain(self) -> bool:
+        """Takes the inputs of the first block from a pass of the model; False where they do not fit."""
+        self._inputs = BlockInputs(self.model, self.blocks, self.samples, self.max_bytes)
+        self.passes += 1
+        device = next(self.model.parameters()).device
+        if int(reduced(torch.tensor(not self._inputs.fits, dtype=torch.int64, device=device), self.samples)):
+            log.info("The inputs of the blocks take more than %s bytes: the whole model is run.", f"{self.max_bytes:,}")
+            self.blocks, self._inputs = (), None
+        return self._inputs is not None
+
     def _collect(self, part: list[str]) -> None:
         self._held = {}  # before the new ones take its memory
-        self._part, self._held = part, collect_moments(self.model, part, self.samples)
-        self.passes += 1
+        place = self._block_of(part[0])
+        if place is None:
+            self._held = collect_moments(self.model, part, self.samples)
+            self.passes += 1
+        else:
+            if self._inputs is None or self._inputs.block > place:
+                self._start_chain()
+            assert self._inputs is not None
+            while self._inputs.block < place:
+                self._inputs.advance()
+            block, whole = self.model.get_submodule(self.blocks[place]), self.blocks[place]
+            local = {name: name[len(whole) + 1 :] for name in part}
+            found = collect_moments(block, list(local.values()), self._inputs.samples())
+            self._held = {name: found[own] for name, own in local.items() if own in found}
+        self._part = part
         self.counts.update({own: found.count for own, found in self._held.items()})
 
 

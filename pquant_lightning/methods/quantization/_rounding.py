@@ -44,7 +44,11 @@ def round_with_data(
         max_bytes: moments held at a time.
     """
     source = MomentSource(model, list(layers), samples, max_bytes)
-    if (passes := len(source.parts)) > 1:
+    if source.blocks:
+        log.info(
+            "Second moments do not fit into %s bytes: block by block, %d blocks", f"{max_bytes:,}", len(source.blocks)
+        )
+    elif (passes := len(source.parts)) > 1:
         log.info("Second moments do not fit into %s bytes: %d passes over the samples", f"{max_bytes:,}", passes)
     scarce: list[tuple[str, int, int]] = []  # layer, vectors seen, their dimensions
     for part in source.parts:
