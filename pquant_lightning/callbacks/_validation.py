@@ -4,7 +4,7 @@ import copy
 import logging
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from pquant_lightning.core.errors import OptionError, known
 
@@ -29,27 +29,38 @@ def validated(trainer: Trainer, module: LightningModule, monitor: str) -> float:
     loaders = trainer.val_dataloaders
     if not loaders:
         check_logged(monitor, {})
+    metrics = validation_metrics(
+        module,
+        loaders,
+        accelerator=trainer.strategy.root_device.type,
+        precision=trainer.precision,
+        limit_val_batches=trainer.limit_val_batches,
+        default_root_dir=trainer.default_root_dir,
+    )
+    check_logged(monitor, metrics)
+    return metrics[monitor]
+
+
+def validation_metrics(module: Any, data: Any, **options: Any) -> dict[str, float]:
+    """What a model's own validation logs, by a quiet Trainer of its own, which leaves no trace in the model.
+
+    Args:
+        module: a LightningModule that belongs to no Trainer.
+        data: loaders or a datamodule.
+        **options: of the Trainer.
+    """
     own_log = logging.getLogger("lightning.pytorch")
     level = own_log.level
     own_log.setLevel(logging.ERROR)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     try:
-        runner = Trainer(
-            accelerator=trainer.strategy.root_device.type,
-            devices=1,
-            precision=trainer.precision,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=trainer.limit_val_batches,
-            default_root_dir=trainer.default_root_dir,
-        )
-        found = runner.validate(module, dataloaders=loaders, verbose=False)
+        runner = Trainer(**{"accelerator": "cpu", "devices": 1, "enable_model_summary": False, **quiet, **options})
+        given = {"datamodule" if isinstance(data, LightningDataModule) else "dataloaders": data}
+        found = runner.validate(module, verbose=False, **given)
     finally:
         own_log.setLevel(level)
-    metrics = {name: float(value) for result in found for name, value in result.items()}
-    check_logged(monitor, metrics)
-    return metrics[monitor]
+    module.trainer = None
+    return {name: float(value) for result in found for name, value in result.items()}
 
 
 def detached(module: LightningModule) -> LightningModule:
