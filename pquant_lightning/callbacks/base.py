@@ -62,7 +62,10 @@ class _MethodCallback(Callback):
         method: what it does.
         report: after the start of a fit, parameters, bytes, MACs and errors; on the last such callback.
         artifact: after a fit, the file with the deployed model; on the last such callback.
+        writes_artifact: whether it writes one.
     """
+
+    writes_artifact = True
 
     def __init__(self, method: CompressionMethod, name: str | None = None, reset_monitors: bool = True) -> None:
         if not isinstance(method, CompressionMethod):
@@ -141,6 +144,17 @@ class _MethodCallback(Callback):
             for entry in plan.layers:
                 for tensor in module.get_submodule(entry.name).state_dict(keep_vars=True).values():
                     tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
+
+    def compress_untrained(self, model: nn.Module, samples: Samples | None) -> dict[str, float]:
+        """Compresses a model outside of a Trainer, so that a later fit with this callback goes on with it.
+
+        Returns:
+            Relative weight errors by layer name, where they are known.
+        """
+        self._state, self._complete = {}, True
+        context = CompressionContext(by=self.state_key, samples=samples, state=self._state)
+        self.method.compress_in_place(model, context=context)
+        return context.errors
 
     def _shared_plan(self, trainer: Trainer, module: LightningModule, context: CompressionContext) -> CompressionPlan:
         plan: CompressionPlan | Exception | None = None
@@ -244,7 +258,7 @@ class _MethodCallback(Callback):
                 100 * self.method.completes_at,
                 100 * self._scratch.progress,
             )
-        if self is _ours(trainer)[-1] and not smoke_test:
+        if self is _ours(trainer)[-1] and self.writes_artifact and not smoke_test:
             directory = trainer.log_dir or trainer.default_root_dir  # asks all ranks, so not only on rank 0
             self.artifact = Path(directory) / "compressed.safetensors"
             if trainer.strategy.restore_checkpoint_after_setup:

@@ -232,9 +232,11 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
         install_hook(copy)
         return copy
 
-    def compress_in_place(self, model: nn.Module, samples: Samples | None = None) -> None:
+    def compress_in_place(
+        self, model: nn.Module, samples: Samples | None = None, context: CompressionContext | None = None
+    ) -> None:
         """Plans, applies and calibrates; a method that does not train then reaches its target at once."""
-        context = CompressionContext(by=self.name, samples=samples)
+        context = context or CompressionContext(by=self.name, samples=samples)
         self.apply(model, self.checked_plan(model, context), context)
         self.calibrate(model, context)
         self.attach(model, context.state)
