@@ -19,10 +19,17 @@ from torch import nn
 from pquant_lightning.callbacks._validation import check_logged, validation_metrics
 from pquant_lightning.callbacks.base import CompressionCallback
 from pquant_lightning.core.calibration import describe_batch
-from pquant_lightning.core.compressed_layer import install_hook
+from pquant_lightning.core.compressed_layer import changed_layers, install_hook
 from pquant_lightning.core.compression_method import CompressionMethod
 from pquant_lightning.core.deploy import deploy
-from pquant_lightning.core.errors import CallbackOrderError, CheckpointError, ModelError, OptionError, PQuantError
+from pquant_lightning.core.errors import (
+    CallbackOrderError,
+    CheckpointError,
+    ModelError,
+    NothingToCompressError,
+    OptionError,
+    PQuantError,
+)
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport, make_report
 from pquant_lightning.core.serialization import (
@@ -266,7 +273,6 @@ class _Run:
         self.model = deepcopy(model)
         install_hook(self.model)
         self.callbacks: list[CompressionCallback] = []
-        self.skipped: list[Any] = []
         self.before = self._metric(model)
         self.finished = self._resume()
 
@@ -291,10 +297,10 @@ class _Run:
 
     def _guarded(self, stage: PipelineStage, place: int) -> list[str]:
         """Runs a stage so that the metric keeps to `max_drop`; returns the layers it leaves alone for that."""
-        model, callbacks, skipped = self.model, self.callbacks, self.skipped
+        model, callbacks = self.model, self.callbacks
 
         def attempt(left_out: Sequence[str]) -> None:
-            self.model, self.callbacks, self.skipped = deepcopy(model), deepcopy(callbacks), list(skipped)
+            self.model, self.callbacks = deepcopy(model), deepcopy(callbacks)
             install_hook(self.model)
             self._act(stage, place, left_out)
 
@@ -308,7 +314,7 @@ class _Run:
             attempt(layers[:middle])
             few, many = (few, middle) if self._keeps() else (middle, many)
         if many == len(layers):
-            self.model, self.callbacks, self.skipped = model, callbacks, skipped
+            self.model, self.callbacks = model, callbacks
             log.warning("%s is put back: it costs more of %s than max_drop.", stage.name, self.pipeline.guard.monitor)
         else:
             attempt(layers[:many])
@@ -367,10 +373,13 @@ class _Run:
 
     def finish(self, results: Iterable[StageResult]) -> CompressionResult:
         """Deploys the model, reports, evaluates, and writes the artefact."""
+        if not changed_layers(self.model) and not any(callback._state for callback in self.callbacks):
+            raise NothingToCompressError("No stage changes a layer; the log gives the reasons.")
+        example = getattr(self.original, "example_input_array", None)
+        # before norms are folded into weights, which are then no longer comparable
+        report = make_report(self.model, original=self.original, example_inputs=example)
         deploy(self.model)
         self.model.eval()
-        example = getattr(self.original, "example_input_array", None)
-        report = make_report(self.model, original=self.original, example_inputs=example, skipped=self.skipped)
         log.info("%s", report)
         evaluation = None
         if self.pipeline.evaluation is not None:
@@ -465,7 +474,7 @@ def _callbacks(stage: PipelineStage, place: int, left_out: Sequence[str] = ()) -
     for method in stage.methods:
         spared = replace(method, exclude=[*(method.exclude or []), *left_out]) if left_out else method
         callback = CompressionCallback(spared, name=f"stage {place + 1}")
-        callback.writes_artifact = False
+        callback.writes_artifact, callback.optional = False, True
         found.append(callback)
     return found
 

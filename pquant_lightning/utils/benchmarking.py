@@ -132,7 +132,7 @@ class _LiveTensors(DispatchMode):  # type: ignore[misc] # its base has no types
 
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
-        return [value]
+        return [value] if value.layout is torch.strided else []  # others (repacked weights) have no storage to look at
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return [tensor for item in inner for tensor in _tensors(item)]
 

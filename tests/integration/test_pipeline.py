@@ -137,6 +137,15 @@ def test_a_plain_module_is_compressed_and_the_log_says_that_it_was_not_trained(p
     assert "Sequential is no LightningModule: the model is compressed without training" in package_log.text
 
 
+def test_a_method_that_saves_nothing_is_left_out(package_log: pytest.LogCaptureFixture) -> None:
+    config = {**CONFIG, "compression": {**CONFIG["compression"], "low_rank": {"rank": 64}}}
+    result = CompressionPipeline.from_config(config).run(built(MLP), MLP.loader(), MLP.loader(1))
+    assert set(kinds(result.model).values()) == {"int_linear"}
+    assert "low_rank changes no layer of MLP:\n  fc1: would take" in package_log.text
+    with pytest.raises(ModelError, match="No stage changes a layer"):
+        CompressionPipeline([{"low_rank": {"rank": 64}}]).run(built(MLP))
+
+
 def test_a_class_of_the_specifications_shape_is_a_stage() -> None:
     class Halve(CompressionMethod):
         def __init__(self, config: dict[str, Any]) -> None:
