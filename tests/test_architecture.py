@@ -295,7 +295,8 @@ PUBLIC = (
     "TensorTrainCallback TensorTrainCompression TuckerCallback TuckerCompression CPCallback CPCompression "
     "TensorNetworkCompression "
     "MixedPrecisionCallback MixedPrecisionCompression "
-    "EvaluationPipeline EvaluationReport benchmark_models CompressionPipeline CompressionResult PipelineStage"
+    "EvaluationPipeline EvaluationReport benchmark_models CompressionPipeline CompressionResult PipelineStage "
+    "DistillationCallback"
 ).split()
 
 

@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from pquant_lightning.callbacks._validation import check_logged, validation_metrics
-from pquant_lightning.core.calibration import Samples, batch_size, bind_batch, run_samples
+from pquant_lightning.core.calibration import Samples, batch_size, bind_batch, main_output, run_samples
 from pquant_lightning.core.deploy import count_params
 from pquant_lightning.core.errors import CalibrationError, OptionError, known
 from pquant_lightning.core.report import count_macs
@@ -144,23 +144,6 @@ def _batches(loader: Any) -> Any:
     loader.prepare_data()
     loader.setup("validate")
     return loader.val_dataloader()
-
-
-def main_output(output: Any) -> Tensor:
-    """The tensor that a model's output is about: itself, `logits`, or the first tensor of a dict or tuple.
-
-    Raises:
-        CalibrationError: there is none.
-    """
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        return output["logits"]
-    inner = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    for value in inner:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    raise CalibrationError(f"The model returns a {type(output).__name__} without a tensor to compare.")
 
 
 def target_of(batch: Any) -> Tensor:
