@@ -127,7 +127,7 @@ class DistillationCallback(BeforeCompression, Callback):
 
     def before_compression(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            self._take_teacher(module)
+            self._take_teacher(trainer, module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not pl_module.automatic_optimization:
@@ -136,9 +136,9 @@ class DistillationCallback(BeforeCompression, Callback):
                 "returns none. Use automatic optimization, or call distillation_loss in your training_step."
             )
         if self._teacher is None:  # no method of ours in this Trainer
-            self._take_teacher(pl_module)
+            self._take_teacher(trainer, pl_module)
 
-    def _take_teacher(self, module: LightningModule) -> None:
+    def _take_teacher(self, trainer: Trainer, module: LightningModule) -> None:
         given = self._given
         if given is None and compressed_layers(module):
             raise ModelError(
@@ -150,6 +150,8 @@ class DistillationCallback(BeforeCompression, Callback):
             _load(teacher, Path(given))
         if teacher is given:
             teacher = copy.deepcopy(teacher)
+        if trainer.world_size > 1:  # the ranks may have made their models with seeds of their own
+            teacher.load_state_dict(trainer.strategy.broadcast(teacher.state_dict()))
         self._teacher = teacher.requires_grad_(False).eval()
         self._fingerprint = fingerprint(teacher)
         self._check_names(teacher, module)
