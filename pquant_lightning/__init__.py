@@ -41,6 +41,8 @@ from pquant_lightning.methods.tensor_networks.cp import CPCompression
 from pquant_lightning.methods.tensor_networks.family import TensorNetworkCompression
 from pquant_lightning.methods.tensor_networks.tensor_train import TensorTrainCompression
 from pquant_lightning.methods.tensor_networks.tucker import TuckerCompression
+from pquant_lightning.pipelines.evaluation_pipeline import EvaluationPipeline, EvaluationReport
+from pquant_lightning.utils.benchmarking import benchmark_models
 
 __version__ = "0.1.0"
 
@@ -55,6 +57,8 @@ __all__ = [
     "CompressionPlan",
     "CompressionReport",
     "ConfigManager",
+    "EvaluationPipeline",
+    "EvaluationReport",
     "FactorizationCallback",
     "FactorizationCompression",
     "LayerAdapter",
@@ -82,6 +86,7 @@ __all__ = [
     "TuckerCompression",
     "UnstructuredPruning",
     "add_proximal_step",
+    "benchmark_models",
     "compress_model",
     "compression_report",
     "finalize",

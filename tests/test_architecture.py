@@ -294,7 +294,8 @@ PUBLIC = (
     "LoRACallback LoRACompression merge_lora unmerge_lora save_adapter load_adapter "
     "TensorTrainCallback TensorTrainCompression TuckerCallback TuckerCompression CPCallback CPCompression "
     "TensorNetworkCompression "
-    "MixedPrecisionCallback MixedPrecisionCompression"
+    "MixedPrecisionCallback MixedPrecisionCompression "
+    "EvaluationPipeline EvaluationReport benchmark_models"
 ).split()
 
 

@@ -29,27 +29,36 @@ def validated(trainer: Trainer, module: LightningModule, monitor: str) -> float:
     loaders = trainer.val_dataloaders
     if not loaders:
         check_logged(monitor, {})
+    metrics = logged_metrics(
+        module,
+        loaders,
+        accelerator=trainer.strategy.root_device.type,
+        precision=trainer.precision,
+        limit_val_batches=trainer.limit_val_batches,
+        default_root_dir=trainer.default_root_dir,
+    )
+    check_logged(monitor, metrics)
+    return metrics[monitor]
+
+
+def logged_metrics(module: LightningModule, loaders: Any, **options: Any) -> dict[str, float]:
+    """What `validation_step` logs for a model that is attached to no Trainer; `options` are the Trainer's."""
     own_log = logging.getLogger("lightning.pytorch")
     level = own_log.level
     own_log.setLevel(logging.ERROR)
     try:
         runner = Trainer(
-            accelerator=trainer.strategy.root_device.type,
             devices=1,
-            precision=trainer.precision,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            limit_val_batches=trainer.limit_val_batches,
-            default_root_dir=trainer.default_root_dir,
+            **options,
         )
         found = runner.validate(module, dataloaders=loaders, verbose=False)
     finally:
         own_log.setLevel(level)
-    metrics = {name: float(value) for result in found for name, value in result.items()}
-    check_logged(monitor, metrics)
-    return metrics[monitor]
+    return {name: float(value) for result in found for name, value in result.items()}
 
 
 def detached(module: LightningModule) -> LightningModule:
