@@ -238,7 +238,7 @@ def _batches_of(source: Any) -> Iterable[Any]:
 
 
 def _sizes(models: tuple[nn.Module, nn.Module], names: Iterable[str]) -> dict[str, Comparison]:
-    params = [count_params(model) for model in models]
+    params: list[float] = [count_params(model) for model in models]
     rows: dict[str, list[float]] = {"params": params, "compression_ratio": [1.0, params[0] / max(params[1], 1)]}
     if "size" in names:
         rows["size"] = [artifact_bytes(model, artifact_metadata(model)) for model in models]
@@ -251,7 +251,7 @@ def _work(models: tuple[nn.Module, nn.Module], batch: Any, names: list[str]) -> 
     inputs = kwargs or args
     found = {}
     if "macs" in names:
-        before, after = (counts and counts[""] for counts in (count_macs(model, inputs) for model in models))
+        before, after = (None if c is None else c[""] for c in (count_macs(model, inputs) for model in models))
         found["macs"] = Comparison("macs", METRICS["macs"], before, after)
     if set(names) & set(_FROM_BENCHMARK):
         benchmark = benchmark_models(dict(zip(("before", "after"), models, strict=True)), inputs)
