@@ -43,6 +43,7 @@ from pquant_lightning.methods.tensor_networks.tensor_train import TensorTrainCom
 from pquant_lightning.methods.tensor_networks.tucker import TuckerCompression
 from pquant_lightning.pipelines.evaluation_pipeline import EvaluationPipeline, EvaluationReport
 from pquant_lightning.utils.benchmarking import benchmark_models
+from pquant_lightning.utils.model_analysis import ModelAnalysis, analyze_model
 
 __version__ = "0.1.0"
 
@@ -69,6 +70,7 @@ __all__ = [
     "LowRankCompression",
     "MixedPrecisionCallback",
     "MixedPrecisionCompression",
+    "ModelAnalysis",
     "PQuantError",
     "PTQCallback",
     "PTQCompression",
@@ -86,6 +88,7 @@ __all__ = [
     "TuckerCompression",
     "UnstructuredPruning",
     "add_proximal_step",
+    "analyze_model",
     "benchmark_models",
     "compress_model",
     "compression_report",

@@ -295,7 +295,7 @@ PUBLIC = (
     "TensorTrainCallback TensorTrainCompression TuckerCallback TuckerCompression CPCallback CPCompression "
     "TensorNetworkCompression "
     "MixedPrecisionCallback MixedPrecisionCompression "
-    "EvaluationPipeline EvaluationReport benchmark_models"
+    "EvaluationPipeline EvaluationReport ModelAnalysis analyze_model benchmark_models"
 ).split()
 
 
