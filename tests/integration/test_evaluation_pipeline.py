@@ -150,6 +150,24 @@ def test_the_training_form_is_measured_as_deployed():
     assert [type(m) for m in trained.modules()] == kinds
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("qat", {"bits": 4}), ("lora", {"r": 4}), ("structured_pruning", {"sparsity": 0.5}), ("low_rank", {"rank": 4})],
+)
+def test_neither_model_is_changed(method, options):
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).train()
+    small = compress_model(net, method, train_loader=[torch.randn(8, 64)], **options).train()
+    before = [{name: value.clone() for name, value in model.state_dict().items()} for model in (net, small)]
+    tensors = [[id(p) for p in model.parameters()] for model in (net, small)]
+    EvaluationPipeline(["size", "output_error", "latency"]).run(net, small, [torch.randn(4, 64)])
+    for model, state, ids in zip((net, small), before, tensors, strict=True):
+        after = model.state_dict()
+        assert list(after) == list(state)
+        assert all(torch.equal(after[name], state[name]) for name in state)
+        assert [id(p) for p in model.parameters()] == ids
+        assert model.training
+
+
 def test_zeros_make_the_file_smaller_not_the_parameters():
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     sparse = UnstructuredPruning(sparsity=0.9).compress(net)
