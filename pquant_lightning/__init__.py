@@ -41,6 +41,7 @@ from pquant_lightning.methods.tensor_networks.cp import CPCompression
 from pquant_lightning.methods.tensor_networks.family import TensorNetworkCompression
 from pquant_lightning.methods.tensor_networks.tensor_train import TensorTrainCompression
 from pquant_lightning.methods.tensor_networks.tucker import TuckerCompression
+from pquant_lightning.pipelines.compression_pipeline import CompressionPipeline, CompressionResult, PipelineStage
 from pquant_lightning.pipelines.evaluation_pipeline import EvaluationPipeline, EvaluationReport
 from pquant_lightning.utils.benchmarking import benchmark_models
 from pquant_lightning.utils.model_analysis import ModelAnalysis, analyze_model
@@ -55,8 +56,10 @@ __all__ = [
     "CompressionCallback",
     "CompressionMethod",
     "CompressionMethodRegistry",
+    "CompressionPipeline",
     "CompressionPlan",
     "CompressionReport",
+    "CompressionResult",
     "ConfigManager",
     "EvaluationPipeline",
     "EvaluationReport",
@@ -74,6 +77,7 @@ __all__ = [
     "PQuantError",
     "PTQCallback",
     "PTQCompression",
+    "PipelineStage",
     "PruningCallback",
     "PruningCompression",
     "QATCallback",

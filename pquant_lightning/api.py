@@ -1,6 +1,7 @@
 """The functions a user calls: compress, finalize, save, load, report."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -13,7 +14,7 @@ from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compressed_layer import install_hook
 from pquant_lightning.core.compression_method import CompressionMethod
 from pquant_lightning.core.deploy import deploy
-from pquant_lightning.core.errors import CallbackOrderError, CheckpointError, ModelError, OptionError, PQuantError
+from pquant_lightning.core.errors import CheckpointError, ModelError, OptionError, PQuantError
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport, make_report
 from pquant_lightning.core.serialization import (
@@ -24,6 +25,10 @@ from pquant_lightning.core.serialization import (
     write_artifact,
     write_state_dict,
 )
+from pquant_lightning.pipelines._settings import Settings
+from pquant_lightning.pipelines.compression_pipeline import CompressionPipeline
+
+log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,7 +48,9 @@ def compress_model(
 
     Args:
         model: any module that contains layers; not touched unless `inplace`.
-        method_or_config: a method's name, a method object, a configuration dict or the path of a YAML file.
+        method_or_config: a method's name, a method object, a configuration dict or the path of a YAML file. With a
+            section `training`, a LightningModule is fine-tuned as `CompressionPipeline.from_config` does, and the
+            deployed form is returned.
         train_loader: data for methods that calibrate: a loader, a list of batches, or a datamodule. A batch is a
             tensor, a tuple with the inputs first, or a dict with the names of `forward`'s arguments.
         val_loader: data for methods that measure.
@@ -63,7 +70,15 @@ def compress_model(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"compress_model takes a model, a torch.nn.Module that is made already; got {model!r}.")
-    methods = _methods(method_or_config, options)
+    config = _configuration(method_or_config, options)
+    if config is not None and Settings.read(config).training.epochs:
+        if isinstance(model, pl.LightningModule) and train_loader is not None:
+            return _trained(model, config, train_loader, val_loader, inplace)
+        log.warning(
+            "The section 'training' asks for epochs, and %s: the model is compressed without training.",
+            "there is no train_loader" if train_loader is None else f"{type(model).__name__} is no LightningModule",
+        )
+    methods = _methods(method_or_config if config is None else config, options)
     result = model if inplace else deepcopy(model)
     for method in methods:
         if type(method).compress is not CompressionMethod.compress:  # the specification's shape: it does all itself
@@ -76,29 +91,39 @@ def compress_model(
     return result
 
 
-def _methods(method_or_config: Any, options: dict[str, Any]) -> list[CompressionMethod]:
+def _configuration(method_or_config: Any, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration that was given as a dict or a YAML file; None where something else was."""
     if isinstance(method_or_config, str) and method_or_config.endswith((".yaml", ".yml")):
         method_or_config = Path(method_or_config)
+    if isinstance(method_or_config, Path):
+        method_or_config = ConfigManager.load_config(method_or_config)
+    if isinstance(method_or_config, dict) and options:
+        raise OptionError(f"Options ({', '.join(options)}) go with a method's name; put them into the configuration.")
+    return method_or_config if isinstance(method_or_config, dict) else None
+
+
+def _methods(method_or_config: Any, options: dict[str, Any]) -> list[CompressionMethod]:
+    """The methods in the order in which they act."""
     if isinstance(method_or_config, str):
         return [CompressionMethodRegistry.get(method_or_config, options)]
     if options:
-        raise OptionError(
-            f"Options ({', '.join(options)}) go with a method's name; put them into the method or the dict."
-        )
+        raise OptionError(f"Options ({', '.join(options)}) go with a method's name; put them into the method.")
     if isinstance(method_or_config, CompressionMethod):
         return [method_or_config]
-    if isinstance(method_or_config, Path):
-        method_or_config = ConfigManager.load_config(method_or_config)
     if not isinstance(method_or_config, dict):
         raise OptionError(
             f"compress_model takes a method's name, a method or a configuration, got {method_or_config!r}."
         )
-    methods = ConfigManager.methods(method_or_config)
-    ordered = sorted(methods, key=lambda method: method.stage)
-    if ordered != methods:
-        right = ", ".join(method.name for method in ordered)
-        raise CallbackOrderError(f"The methods must act in the order [{right}]; change compression: methods.")
-    return methods
+    return sorted(ConfigManager.methods(method_or_config), key=lambda method: method.stage)
+
+
+def _trained(model: nn.Module, config: dict[str, Any], train: Any, val: Any, inplace: bool) -> nn.Module:
+    if inplace:
+        raise OptionError("A configuration that trains compares with the given model and returns a copy: no inplace.")
+    if config.get("evaluation") and val is None and not hasattr(train, "val_dataloader"):
+        log.warning("The section 'evaluation' needs a val_loader (or a datamodule): nothing is evaluated.")
+        config = {key: value for key, value in config.items() if key != "evaluation"}
+    return CompressionPipeline.from_config(config).run(model, train, val).model
 
 
 def finalize(model: Model, inplace: bool = False) -> Model:

@@ -6,10 +6,8 @@ from typing import Any
 import yaml
 
 from pquant_lightning.core.compression_method import CompressionMethod
-from pquant_lightning.core.errors import OptionError, known
-from pquant_lightning.core.registry import CompressionMethodRegistry
-
-_SECTIONS = ("compression", "training", "evaluation")
+from pquant_lightning.core.errors import OptionError
+from pquant_lightning.pipelines._settings import Settings
 
 
 class ConfigManager:
@@ -41,6 +39,12 @@ class ConfigManager:
             config = yaml.safe_load(Path(config_path).read_text(encoding="utf-8"))
         except OSError as error:
             raise OptionError(f"The configuration {str(config_path)!r} cannot be read: {error.strerror}.") from error
+        except yaml.constructor.ConstructorError as error:
+            tag = str(error.problem).split("'")[1::2][-1:]
+            raise OptionError(
+                f"{config_path} holds {tag[0] if tag else 'a tag'!r}; a configuration is plain YAML (mappings, lists, "
+                "text, numbers) and never names Python objects. Take the tag out."
+            ) from error
         except yaml.YAMLError as error:
             raise OptionError(f"{config_path} is no YAML: {error}") from error
         if not isinstance(config, dict):
@@ -67,7 +71,7 @@ class ConfigManager:
         Raises:
             OptionError: a key is missing or unknown, or an option has a wrong value.
         """
-        ConfigManager.methods(config)
+        Settings.read(config)
         return config
 
     @staticmethod
@@ -87,18 +91,4 @@ class ConfigManager:
         Raises:
             OptionError: as `validate_config`.
         """
-        if not isinstance(config, dict) or "compression" not in config:
-            raise OptionError(f"Missing required key: 'compression'. The sections are {', '.join(_SECTIONS)}.")
-        for section in config:
-            if section not in _SECTIONS:
-                raise OptionError(f"Unknown section {section!r} in the configuration. {known(section, _SECTIONS)}")
-        compression = config["compression"]
-        names = compression.get("methods") if isinstance(compression, dict) else None
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise OptionError(f"compression needs methods: a list of method names, got {names!r}.")
-        for key in compression:
-            if key != "methods" and key not in names:
-                raise OptionError(
-                    f"compression has options for {key!r}, which methods does not list. {known(key, names)}"
-                )
-        return [CompressionMethodRegistry.get(name, compression.get(name)) for name in names]
+        return list(Settings.read(config).methods)

@@ -295,7 +295,8 @@ PUBLIC = (
     "TensorTrainCallback TensorTrainCompression TuckerCallback TuckerCompression CPCallback CPCompression "
     "TensorNetworkCompression "
     "MixedPrecisionCallback MixedPrecisionCompression "
-    "EvaluationPipeline EvaluationReport ModelAnalysis analyze_model benchmark_models"
+    "EvaluationPipeline EvaluationReport benchmark_models CompressionPipeline CompressionResult PipelineStage "
+    "ModelAnalysis analyze_model"
 ).split()
 
 

@@ -4,7 +4,7 @@ import copy
 import logging
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from pquant_lightning.core.errors import OptionError, known
 
@@ -29,7 +29,7 @@ def validated(trainer: Trainer, module: LightningModule, monitor: str) -> float:
     loaders = trainer.val_dataloaders
     if not loaders:
         check_logged(monitor, {})
-    metrics = logged_metrics(
+    metrics = validation_metrics(
         module,
         loaders,
         accelerator=trainer.strategy.root_device.type,
@@ -41,23 +41,25 @@ def validated(trainer: Trainer, module: LightningModule, monitor: str) -> float:
     return metrics[monitor]
 
 
-def logged_metrics(module: LightningModule, loaders: Any, **options: Any) -> dict[str, float]:
-    """What `validation_step` logs for a model that is attached to no Trainer; `options` are the Trainer's."""
+def validation_metrics(module: Any, data: Any, **options: Any) -> dict[str, float]:
+    """What a model's own validation logs, by a quiet Trainer of its own, which leaves no trace in the model.
+
+    Args:
+        module: a LightningModule that belongs to no Trainer.
+        data: loaders or a datamodule.
+        **options: of the Trainer.
+    """
     own_log = logging.getLogger("lightning.pytorch")
     level = own_log.level
     own_log.setLevel(logging.ERROR)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     try:
-        runner = Trainer(
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **options,
-        )
-        found = runner.validate(module, dataloaders=loaders, verbose=False)
+        runner = Trainer(**{"accelerator": "cpu", "devices": 1, "enable_model_summary": False, **quiet, **options})
+        given = {"datamodule" if isinstance(data, LightningDataModule) else "dataloaders": data}
+        found = runner.validate(module, verbose=False, **given)
     finally:
         own_log.setLevel(level)
+    module.trainer = None
     return {name: float(value) for result in found for name, value in result.items()}
 
 

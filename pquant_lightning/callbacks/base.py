@@ -38,6 +38,7 @@ from pquant_lightning.core.errors import (
     CallbackOrderError,
     CheckpointError,
     ModelError,
+    NothingToCompressError,
     OptionError,
 )
 from pquant_lightning.core.optimizer import separate_groups
@@ -62,7 +63,12 @@ class _MethodCallback(Callback):
         method: what it does.
         report: after the start of a fit, parameters, bytes, MACs and errors; on the last such callback.
         artifact: after a fit, the file with the deployed model; on the last such callback.
+        writes_artifact: whether it writes one.
+        optional: whether it may change no layer, which is then only a warning.
     """
+
+    writes_artifact = True
+    optional = False
 
     def __init__(self, method: CompressionMethod, name: str | None = None, reset_monitors: bool = True) -> None:
         if not isinstance(method, CompressionMethod):
@@ -132,7 +138,14 @@ class _MethodCallback(Callback):
         context = CompressionContext(
             by=self.state_key, track=track, samples=samples, state=self._state, kept=frozenset(_keys(others))
         )
-        plan = self._shared_plan(trainer, module, context)
+        try:
+            plan = self._shared_plan(trainer, module, context)
+        except NothingToCompressError as error:
+            if not self.optional:
+                raise
+            self._complete = True
+            log.warning("%s", error)
+            return
         self.method.apply(module, plan, context)
         if not self.method.acts_after_training:
             self.method.calibrate(module, context)
@@ -141,6 +154,17 @@ class _MethodCallback(Callback):
             for entry in plan.layers:
                 for tensor in module.get_submodule(entry.name).state_dict(keep_vars=True).values():
                     tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
+
+    def compress_untrained(self, model: nn.Module, samples: Samples | None) -> None:
+        """Compresses a model outside of a Trainer, so that a later fit with this callback goes on with it."""
+        self._state, self._complete = {}, True
+        context = CompressionContext(by=self.state_key, samples=samples, state=self._state)
+        try:
+            self.method.compress_in_place(model, context=context)
+        except NothingToCompressError as error:
+            if not self.optional:
+                raise
+            log.warning("%s", error)
 
     def _shared_plan(self, trainer: Trainer, module: LightningModule, context: CompressionContext) -> CompressionPlan:
         plan: CompressionPlan | Exception | None = None
@@ -244,7 +268,7 @@ class _MethodCallback(Callback):
                 100 * self.method.completes_at,
                 100 * self._scratch.progress,
             )
-        if self is _ours(trainer)[-1] and not smoke_test:
+        if self is _ours(trainer)[-1] and self.writes_artifact and not smoke_test:
             directory = trainer.log_dir or trainer.default_root_dir  # asks all ranks, so not only on rank 0
             self.artifact = Path(directory) / "compressed.safetensors"
             if trainer.strategy.restore_checkpoint_after_setup:

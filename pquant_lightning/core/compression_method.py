@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, install_hook, weight_of
 from pquant_lightning.core.deploy import count_params, deployed_bytes, stored_bytes
-from pquant_lightning.core.errors import ModelError, OptionError, known
+from pquant_lightning.core.errors import ModelError, NothingToCompressError, OptionError, known
 from pquant_lightning.core.layer_adapter import FUSED, SUPPORTED, as_torch, build_layer, layer_spec, why_unsupported
 from pquant_lightning.core.options import check_type
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
@@ -232,9 +232,11 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
         install_hook(copy)
         return copy
 
-    def compress_in_place(self, model: nn.Module, samples: Samples | None = None) -> None:
+    def compress_in_place(
+        self, model: nn.Module, samples: Samples | None = None, context: CompressionContext | None = None
+    ) -> None:
         """Plans, applies and calibrates; a method that does not train then reaches its target at once."""
-        context = CompressionContext(by=self.name, samples=samples)
+        context = context or CompressionContext(by=self.name, samples=samples)
         self.apply(model, self.checked_plan(model, context), context)
         self.calibrate(model, context)
         self.attach(model, context.state)
@@ -250,7 +252,7 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
         plan = self.plan(model, context)
         if not plan.layers:
             reasons = "\n".join(f"  {skip.name}: {skip.reason}" for skip in plan.skipped) or "  it has no such layers"
-            raise ModelError(f"{self.name} changes no layer of {type(model).__name__}:\n{reasons}")
+            raise NothingToCompressError(f"{self.name} changes no layer of {type(model).__name__}:\n{reasons}")
         return plan
 
     def get_compression_info(self, original_model: nn.Module, compressed_model: nn.Module) -> dict[str, Any]:

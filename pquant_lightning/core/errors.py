@@ -16,6 +16,10 @@ class ModelError(PQuantError):
     """The model cannot be compressed as asked (no layer matched, NaN weights, lazy layers, nothing to train)."""
 
 
+class NothingToCompressError(ModelError):
+    """A method would change no layer; the message gives the reason for each."""
+
+
 class CheckpointError(PQuantError):
     """A file is damaged, foreign, hostile, or does not fit the model or the callbacks."""
 

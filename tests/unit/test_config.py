@@ -7,7 +7,7 @@ import yaml
 from torch import nn
 
 from pquant_lightning import ConfigManager, LowRankCompression, QATCompression, compress_model
-from pquant_lightning.core.errors import CallbackOrderError, OptionError, PQuantError
+from pquant_lightning.core.errors import OptionError, PQuantError
 
 FILE = """
 compression:
@@ -75,9 +75,48 @@ def test_a_configuration_is_run(path, give):
     assert (model[0].spec["rank"], model[0].second.spec["bits"]) == (8, 4)
 
 
-def test_methods_in_a_wrong_order_show_the_right_one():
-    with pytest.raises(CallbackOrderError, match=r"\[low_rank, qat\]"):
-        compress_model(nn.Sequential(nn.Linear(64, 64)), _compression(methods=["qat", "low_rank"]))
+def test_methods_in_another_order_act_in_the_right_one():
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model = compress_model(net, _compression(methods=["qat", "low_rank"], low_rank={"rank": 8}))
+    assert (model[0].kind, model[0].first.kind) == ("low_rank_linear", "quant_linear")
+
+
+@pytest.mark.parametrize(
+    ("section", "content", "message"),
+    [
+        ("training", {"epoch": 3}, "'training' has no key 'epoch'. Did you mean 'epochs'"),
+        ("training", {"epochs": "ten"}, "takes int for epochs, got 'ten'"),
+        ("training", {"epochs": 3, "lr": -1.0}, "lr > 0"),
+        ("training", [3], "'training' is a mapping"),
+        ("evaluation", {"metric": []}, "'evaluation' has no key 'metric'. Did you mean 'metrics'"),
+        ("evaluation", {"metrics": "accuracy"}, "metrics is a list of names"),
+        ("traning", {}, "Unknown section 'traning' in the configuration. Did you mean 'training'"),
+    ],
+)
+def test_mistakes_in_the_other_sections(section, content, message):
+    with pytest.raises(OptionError, match=message):
+        ConfigManager.validate_config({**_compression(methods=["qat"]), section: content})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"max_drop": 0.1}, "goes with monitor"),
+        ({"monitor": "val_acc", "max_drop": -1.0}, "at least 0"),
+        ({"monitor": "val_acc", "mode": "maximum"}, "mode is 'max' or 'min'"),
+        ({"budget": 0.1}, "budget is one entry"),
+    ],
+)
+def test_mistakes_in_what_guards_the_metric(keys, message):
+    with pytest.raises(OptionError, match=message):
+        ConfigManager.validate_config(_compression(methods=["qat"], **keys))
+
+
+def test_python_tags_are_refused(tmp_path):
+    file = tmp_path / "hostile.yaml"
+    file.write_text("compression: !!python/object/apply:os.system ['true']")
+    with pytest.raises(OptionError, match="plain YAML .* never names Python objects"):
+        ConfigManager.load_config(file)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +165,6 @@ def test_mistakes_of_structure(config, message):
         ("compression: [", "is no YAML"),
         ("- a\n- b", "holds a list; a configuration is a mapping"),
         ("", "holds a NoneType"),
-        ("compression: !!python/object/apply:os.system ['true']", "is no YAML"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path, text, message):

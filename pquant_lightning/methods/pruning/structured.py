@@ -388,13 +388,15 @@ class StructuredPruning(CompressionMethod):
     def finalize(cls, model: nn.Module) -> None:
         remove_channels(model)
 
-    def compress_in_place(self, model: nn.Module, samples: Samples | None = None) -> None:
+    def compress_in_place(
+        self, model: nn.Module, samples: Samples | None = None, context: CompressionContext | None = None
+    ) -> None:
         if self.criterion == "taylor":
             raise ModelError(
                 "criterion='taylor' needs the gradients of a training: use StructuredPruningCallback in a Trainer, or "
                 "another criterion."
             )
-        super().compress_in_place(model, samples)
+        super().compress_in_place(model, samples, context)
 
     def _summary(self, model: nn.Module, state: dict[str, Any]) -> str:
         share = self.metrics(model, state)["channel_sparsity"]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers, weight_of
 from pquant_lightning.core.compression_method import (
     CompressionContext,
@@ -378,13 +379,15 @@ class UnstructuredPruning(CompressionMethod):
         total = sum(p.numel() for p in model.parameters())
         return {"sparsity": zeros / max(sum(w.numel() for w in weights), 1), "model_sparsity": zeros / max(total, 1)}
 
-    def compress_in_place(self, model: nn.Module, samples: Any = None) -> None:
+    def compress_in_place(
+        self, model: nn.Module, samples: Samples | None = None, context: CompressionContext | None = None
+    ) -> None:
         if self.criterion in _GRADIENT:
             raise ModelError(
                 f"criterion={self.criterion!r} needs the gradients of a training: use PruningCallback in a Trainer, or "
                 "one of magnitude, random, wanda, sparsegpt."
             )
-        super().compress_in_place(model, samples)
+        super().compress_in_place(model, samples, context)
 
     def _summary(self, model: nn.Module, state: dict[str, Any]) -> str:
         shares = self.metrics(model, state)
