@@ -45,6 +45,7 @@ from pquant_lightning.methods.tensor_networks.tucker import TuckerCompression
 from pquant_lightning.pipelines.compression_pipeline import CompressionPipeline, CompressionResult, PipelineStage
 from pquant_lightning.pipelines.evaluation_pipeline import EvaluationPipeline, EvaluationReport
 from pquant_lightning.utils.benchmarking import benchmark_models
+from pquant_lightning.utils.model_analysis import ModelAnalysis, analyze_model
 
 __version__ = "0.1.0"
 
@@ -74,6 +75,7 @@ __all__ = [
     "LowRankCompression",
     "MixedPrecisionCallback",
     "MixedPrecisionCompression",
+    "ModelAnalysis",
     "PQuantError",
     "PTQCallback",
     "PTQCompression",
@@ -92,6 +94,7 @@ __all__ = [
     "TuckerCompression",
     "UnstructuredPruning",
     "add_proximal_step",
+    "analyze_model",
     "benchmark_models",
     "compress_model",
     "compression_report",
