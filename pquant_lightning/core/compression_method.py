@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from abc import ABC
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -44,6 +44,8 @@ class CompressionContext:
         notes: what a method's own `plan` finds out about the model and its `plan_layer` uses.
         state: the method's own, the same that `step` and `project` are given; in a Trainer it is checkpointed.
         kept: names of parameters that other methods keep track of: the layers that hold them are not taken apart.
+        choices: what a budget has chosen, the options of a `Candidate` by layer name; other layers are left alone. None
+            where the method decides by itself.
     """
 
     by: str
@@ -53,6 +55,7 @@ class CompressionContext:
     notes: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
+    choices: Mapping[str, dict[str, Any]] | None = None
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -212,6 +215,10 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
         """The choices for one layer as the budget sees them, smallest first; empty where there is no choice."""
         return []
 
+    def levels(self) -> list["CompressionMethod"]:
+        """Variants of a method that offers no choice layer by layer, weakest first, for a budget to choose from."""
+        return []
+
     @classmethod
     def finalize(cls, model: nn.Module) -> None:
         """Deploys what spans several layers; single layers are deployed by `CompressedLayer.finalized`."""
@@ -322,6 +329,29 @@ class LayerMethod(CompressionMethod):
         """Decides one ordinary layer: the new layer's spec (or a LayerPlan with scratch), or why it is left alone."""
         raise NotImplementedError(f"{type(self).__name__}.plan_layer")
 
+    def prepared(self, model: nn.Module, context: CompressionContext) -> CompressionContext:
+        """The context with what `plan_layer` and `candidates` find out about the whole model, once, in its notes."""
+        return context
+
+    def choose(
+        self, name: str, layer: nn.Module, options: dict[str, Any], context: CompressionContext
+    ) -> dict[str, Any] | Skip | LayerPlan:
+        """`plan_layer` with the options of one of the layer's candidates."""
+        return dataclasses.replace(self, **options).plan_layer(name, layer, context)
+
+    def offers(self, model: nn.Module, context: CompressionContext) -> dict[str, list[Candidate]]:
+        """What a budget may choose from for each layer that the method can change, by layer name."""
+        view = split_view(model, context.kept)
+        context = self.prepared(view, context)
+        owners, found = _weight_owners(view), {}
+        for name, module in self._targets(view, [], context.kept):
+            layer = as_torch(module)
+            if layer is None or check_weight(name, layer) is not None:
+                continue
+            if self.changes_shared or all(len(owners[id(p)]) == 1 for p in module.parameters(recurse=False)):
+                found[name] = self.candidates(name, layer, context)
+        return {name: offers for name, offers in found.items() if offers}
+
     def fill(self, new: Any, old: Any, plan: LayerPlan, context: CompressionContext) -> None:
         """Gives the new layer its values (under no_grad); parameters of equal name and shape are already the old's.
 
@@ -415,7 +445,12 @@ class LayerMethod(CompressionMethod):
         shared = [other for p in module.parameters(recurse=False) for other in owners[id(p)] if other != name]
         if shared and not (self.changes_shared and layer is module):  # an adapter's weight may be a copy
             return Skip(name, f"shares a parameter with {shared[0]!r}")
-        decision = self.plan_layer(name, layer, context)
+        if context.choices is None:
+            decision = self.plan_layer(name, layer, context)
+        elif (options := _chosen(name, context.choices)) is None:
+            decision = Skip(name, "the budget leaves it as it is")
+        else:
+            decision = self.choose(name, layer, options, context)
         if isinstance(decision, Skip):
             return decision
         plan = decision if isinstance(decision, LayerPlan) else LayerPlan(name, decision)
@@ -425,6 +460,13 @@ class LayerMethod(CompressionMethod):
         if self.min_saving > 0 and saving < self.min_saving:
             return Skip(name, f"would take {after:,} bytes instead of {before:,} ({saving:.0%} saved)")
         return LayerPlan(name, spec, plan.scratch)
+
+
+def _chosen(name: str, choices: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The choice for a layer, or for the one whose factor it is."""
+    parts = name.split(".")
+    around = (".".join(parts[:depth]) for depth in range(len(parts), 0, -1))
+    return next((choices[outer] for outer in around if outer in choices), None)
 
 
 class Selection:

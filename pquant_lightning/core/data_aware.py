@@ -66,6 +66,9 @@ class DataAwareMethod(LayerMethod):
     def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
         return super().plan(model, self.with_source(model, context))
 
+    def prepared(self, model: nn.Module, context: CompressionContext) -> CompressionContext:
+        return self.with_source(model, context)
+
     def _usable(self, model: nn.Module, samples: Samples | None) -> Samples | None:
         """The samples, or None where there are none, or the model does not run on them and need not."""
         if samples is None or not self.wanted_samples:

@@ -60,12 +60,14 @@ class Candidate:
         size_bytes: stored bytes of the layer with it.
         macs: multiply-accumulates with it, per output position.
         loss: what it costs, as a squared relative error.
+        factors: matrices that the weight becomes the product of; what rounds them later errs so many times.
     """
 
     options: dict[str, Any]
     size_bytes: int
     macs: int
     loss: float
+    factors: int = 1
 
 
 @dataclass(frozen=True)

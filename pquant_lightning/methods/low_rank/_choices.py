@@ -128,6 +128,7 @@ def offers(layer: nn.Module, kind: Kind, round_to: int, moments: InputMoments | 
             groups * rank * (m + n) * matrix.element_size(),
             macs_per_position(layer, kind, rank),
             float(lost[rank - 1]),
+            factors=2,
         )
         for rank in sorted(ranks & set(range(1, min(m, n) + 1)))
     ]

@@ -5,13 +5,13 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pquant_lightning.core.calibration import Samples, first_samples, run_samples
+from pquant_lightning.core.calibration import Samples, first_samples
 from pquant_lightning.core.deploy import share_copy
-from pquant_lightning.core.graph import tensors_in
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.moments import InputMoments
+from pquant_lightning.core.output_error import OutputError
 from pquant_lightning.core.plan import Candidate
 from pquant_lightning.core.surgery import replace_layer
 from pquant_lightning.methods.low_rank._fitting import fit_layer
@@ -46,37 +46,15 @@ def output_weights(
     share = -(-PROBE_SAMPLES // len(samples.batches))
     few = Samples(tuple(first_samples(batch, share) for batch in samples.batches), samples.run)
     twin = share_copy(model)
-    expected = _outputs(twin, few)
-    variances = [sum(map(_variation, tensors)) for tensors in expected]
+    expected = OutputError(twin, few)
     weights = {}
     for name, probe in track(list(probes.items()), "low_rank: measuring"):
         original = twin.get_submodule(name)
         replace_layer(twin, name, _approximated(original, probe, moments_of(name)))
-        errors = [
-            sum(float((given - wanted).square().sum()) for given, wanted in zip(givens, tensors, strict=True))
-            / variance
-            for givens, tensors, variance in zip(_outputs(twin, few), expected, variances, strict=True)
-            if variance > 0
-        ]
+        error = expected.of(twin)
         replace_layer(twin, name, original)
-        weights[name] = sum(errors) / max(len(errors), 1) / max(probe.loss, 1e-12)
+        weights[name] = error / max(probe.loss, 1e-12)
     return weights
-
-
-def _outputs(model: nn.Module, samples: Samples) -> list[list[Tensor]]:
-    """Of each floating-point tensor that the model gives out, its values in all batches."""
-    batches = [
-        [tensor.float() for tensor in tensors_in(output) if tensor.is_floating_point()]
-        for output in run_samples(model, samples)
-    ]
-    return [list(tensors) for tensors in zip(*batches, strict=True)]
-
-
-def _variation(tensor: Tensor) -> float:
-    """||o - mean o||^2 as if the mean over samples were known exactly; over everything where there is one sample."""
-    if tensor.dim() == 0 or len(tensor) < 2:
-        return float((tensor - tensor.mean()).square().sum())
-    return float(tensor.var(0).sum()) * len(tensor)
 
 
 def _approximated(module: nn.Module, probe: Candidate, moments: InputMoments | None) -> nn.Module:

@@ -24,6 +24,7 @@ from pquant_lightning.methods.low_rank._layers import (
     TruncatedSVDLinear,
     factorize,
     fill_factors,
+    find_low_rank_kind,
     kinds_of,
     low_rank_spec,
     weight_matrix,
@@ -153,7 +154,7 @@ class LowRankCompression(DataAwareMethod, TyingMethod):
     def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
         context = self.with_source(model, context)
         model = split_view(model, context.kept)
-        if self.budget is not None:
+        if self.budget is not None and context.choices is None:
             chosen = self._share_budget(self.budget, model, context)
             context = replace(context, notes={**context.notes, "chosen": chosen})
         return with_retraction(super().plan(model, context), self.retract)
@@ -202,7 +203,14 @@ class LowRankCompression(DataAwareMethod, TyingMethod):
             return kinds[-1:]
         return kinds[:1] if self.split == "channel" or self._target()[0] == "rank" else kinds
 
+    def choose(
+        self, name: str, layer: nn.Module, options: dict[str, Any], context: CompressionContext
+    ) -> LayerPlan | Skip:
+        return LayerPlan(name, low_rank_spec(layer, options["rank"], find_low_rank_kind(options["kind"])))
+
     def candidates(self, name: str, module: nn.Module, context: CompressionContext | None) -> list[Candidate]:
+        if getattr(module, "max_norm", None) is not None:
+            return []
         moments = moments_of(name, context)
         found = [offer for kind in self._kinds(module) for offer in offers(module, kind, self.round_to, moments)]
         return sorted(found, key=lambda candidate: candidate.size_bytes)

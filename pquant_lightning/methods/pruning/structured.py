@@ -384,6 +384,10 @@ class StructuredPruning(CompressionMethod):
         left = sum(units.count for units in groups_of(model)) - sum(map(len, state["removed"]))
         return {"channel_sparsity": 1 - left / sum(found[1].spec["group"]["counts"])}
 
+    def levels(self) -> list[CompressionMethod]:
+        shares = [share for share in (0.25, 0.5, 0.75) if share <= self.max_sparsity]
+        return [replace(self, sparsity=share, target=None) for share in shares]
+
     @classmethod
     def finalize(cls, model: nn.Module) -> None:
         remove_channels(model)

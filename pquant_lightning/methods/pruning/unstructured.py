@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -378,6 +379,9 @@ class UnstructuredPruning(CompressionMethod):
         zeros = sum(int((mask == 0).sum()) for mask in _masks.live(model, state).values())
         total = sum(p.numel() for p in model.parameters())
         return {"sparsity": zeros / max(sum(w.numel() for w in weights), 1), "model_sparsity": zeros / max(total, 1)}
+
+    def levels(self) -> list[CompressionMethod]:
+        return [] if self.pattern is not None else [replace(self, sparsity=share) for share in (0.5, 0.75, 0.9)]
 
     def compress_in_place(
         self, model: nn.Module, samples: Samples | None = None, context: CompressionContext | None = None

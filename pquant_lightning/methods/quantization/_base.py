@@ -109,16 +109,24 @@ class QuantizationMethod(LayerMethod):
         context = context or CompressionContext(by=self.name)
         model = split_view(model, context.kept)
         check_patterns(model, "overrides", self.overrides or {})
+        context = self.prepared(model, context)
+        plan = super().plan(model, context)
+        layers = {entry.name: get_layer(model, entry.name) for entry in plan.layers}
+        shared = self.shared_bits(model, layers, context) if layers and context.choices is None else {}
+        return super().plan(model, replace(context, notes={**context.notes, **shared})) if shared else plan
+
+    def prepared(self, model: nn.Module, context: CompressionContext) -> CompressionContext:
         graph = None if context.samples is None else trace(model, context.samples)
         norms = {} if graph is None else graph.foldable_norms(model)
         uses = Counter(id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter))
         tied = {key for key, count in uses.items() if count > 1}
         found = {"ends": outer_layers(model, graph), "norms": norms, "tied": tied}
-        context = replace(context, notes={**found, **context.notes})
-        plan = super().plan(model, context)
-        layers = {entry.name: get_layer(model, entry.name) for entry in plan.layers}
-        shared = self.shared_bits(model, layers, context) if layers else {}
-        return super().plan(model, replace(context, notes={**context.notes, **shared})) if shared else plan
+        return replace(context, notes={**found, **context.notes})
+
+    def choose(
+        self, name: str, layer: nn.Module, options: dict[str, Any], context: CompressionContext
+    ) -> dict[str, Any] | Skip:
+        return self.plan_layer(name, layer, replace(context, notes={**context.notes, "bits": {name: options["bits"]}}))
 
     def shared_bits(
         self, model: nn.Module, layers: dict[str, nn.Module], context: CompressionContext

@@ -46,6 +46,9 @@ class TensorNetworkMethod(DataAwareMethod):
         spec = self.spec_for(layer, *self.target(), moments_of(name, context))
         return Skip(name, spec) if isinstance(spec, str) else LayerPlan(name, spec)
 
+    def choose(self, name: str, layer: nn.Module, options: dict[str, Any], context: CompressionContext) -> LayerPlan:
+        return LayerPlan(name, dict(options))
+
     def fill(self, new: Any, old: nn.Module, plan: LayerPlan, context: CompressionContext) -> None:
         moments, bias = self.note_fit(old, plan, context), getattr(old, "bias", None)
         new.set_factors(self.factors_for(old, plan.spec, moments), bias)
@@ -68,7 +71,8 @@ class TensorNetworkMethod(DataAwareMethod):
                 new.set_factors(self.factors_for(module, whole, moments), getattr(module, "bias", None))
                 loss = output_loss(module, new, moments)
             if not found or loss < found[-1].loss:
-                found.append(Candidate(spec, deployed_bytes(whole, module), new.macs_per_position(), loss))
+                size, parts = deployed_bytes(whole, module), len(list(new.parameters()))
+                found.append(Candidate(spec, size, new.macs_per_position(), loss, factors=parts))
         return found
 
 
