@@ -12,6 +12,7 @@ from pquant_lightning.api import (
     save_compressed,
 )
 from pquant_lightning.callbacks.base import CompressionCallback
+from pquant_lightning.callbacks.distillation import DistillationCallback
 from pquant_lightning.callbacks.lora import LoRACallback
 from pquant_lightning.callbacks.low_rank import FactorizationCallback, LowRankCallback
 from pquant_lightning.callbacks.pruning import PruningCallback, StructuredPruningCallback
@@ -61,6 +62,7 @@ __all__ = [
     "CompressionReport",
     "CompressionResult",
     "ConfigManager",
+    "DistillationCallback",
     "EvaluationPipeline",
     "EvaluationReport",
     "FactorizationCallback",

@@ -56,6 +56,14 @@ from pquant_lightning.core.serialization import (
 log = logging.getLogger(__name__)
 
 
+class BeforeCompression:
+    """A callback that looks at the model when it is complete and nothing has been compressed in this fit."""
+
+    def before_compression(self, trainer: Trainer, module: LightningModule) -> None:
+        """Called once per run, whatever the order of the callbacks, if any method acts in the Trainer."""
+        raise NotImplementedError
+
+
 class _MethodCallback(Callback):
     """One method in a Trainer. Of all such callbacks in a Trainer, the first sets up and the last reports and writes.
 
@@ -400,6 +408,10 @@ def _configure_model(module: LightningModule, previous: Any) -> None:
         module.configure_model()
     names_before = {id(parameter): name for name, parameter in module.named_parameters()}
     path = resume_path(trainer)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks:
+        if isinstance(other, BeforeCompression):
+            other.before_compression(trainer, module)
     with torch.device("cpu"):
         if path is not None:
             _take_structure(trainer, module, path)

@@ -177,6 +177,23 @@ def run_forward(model: nn.Module, batch: Any) -> Any:
     return model(*args, **kwargs)
 
 
+def main_output(output: Any) -> Tensor:
+    """The tensor that a model's output is about: itself, its `logits`, or the first floating-point tensor in it.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    values = output
+    if isinstance(output, Mapping):
+        values = [output["logits"]] if "logits" in output else list(output.values())
+    for value in values if isinstance(values, list | tuple) else ():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise CalibrationError(f"The model returns a {type(output).__name__}, which holds no tensor to compare.")
+
+
 def run_samples(model: nn.Module, samples: Samples, batch_norms: bool = False) -> Iterator[Any]:
     """Runs the model on each batch, in eval mode without gradients; yields its outputs.
 

@@ -17,7 +17,15 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from pquant_lightning.callbacks._validation import detached, validation_metrics
-from pquant_lightning.core.calibration import Samples, batch_size, bind_batch, describe_batch, run_forward, run_samples
+from pquant_lightning.core.calibration import (
+    Samples,
+    batch_size,
+    bind_batch,
+    describe_batch,
+    main_output,
+    run_forward,
+    run_samples,
+)
 from pquant_lightning.core.deploy import count_params, deploy, share_copy
 from pquant_lightning.core.errors import ModelError, OptionError, known
 from pquant_lightning.core.report import count_macs
@@ -360,15 +368,8 @@ def _compare_outputs(
 
 
 def _output(model: nn.Module, batch: Any) -> Tensor:
-    """The first output that is more than a number (a loss), of one batch."""
     (output,) = run_samples(model, Samples((batch,), run_forward))
-    if isinstance(output, Tensor):
-        return output
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    found = next((part for part in parts if isinstance(part, Tensor) and part.dim() > 0), None)
-    if found is None:
-        raise ModelError(f"{type(model).__name__} gives no tensor that could be compared: {describe_batch(output)}.")
-    return found
+    return main_output(output)
 
 
 def _target(batch: Any) -> Tensor:

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from pquant_lightning import LowRankCallback, PruningCallback, PTQCallback, QATCallback, StructuredPruningCallback
+from pquant_lightning import (
+    DistillationCallback,
+    LowRankCallback,
+    PruningCallback,
+    PTQCallback,
+    QATCallback,
+    StructuredPruningCallback,
+)
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.methods.low_rank import _truncated_svd
 from pquant_lightning.methods.low_rank.svd import LowRankCompression
@@ -41,6 +48,7 @@ def main() -> None:
     parser.add_argument("--calibrate", action="store_true", help="quantize after the training instead")
     parser.add_argument("--prune", metavar="CRITERION", help="prune instead")
     parser.add_argument("--channels", choices=["end", "during", "reconstruct"], help="remove channels instead")
+    parser.add_argument("--distil", action="store_true", help="with the uncompressed model as teacher")
     options = parser.parse_args()
     rank = int(os.environ.get("LOCAL_RANK", 0))
     counts: dict[str, int] = {}
@@ -60,6 +68,8 @@ def main() -> None:
         repairs = {"reconstruct": True, "num_samples": 16} if options.channels == "reconstruct" else {}
         remove = "during" if options.channels == "during" else "end"
         callbacks = [StructuredPruningCallback(sparsity=0.5, round_to=1, remove=remove, **repairs)]
+    if options.distil:
+        callbacks.append(DistillationCallback())
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
@@ -76,7 +86,9 @@ def main() -> None:
     kinds = {name: layer.kind for name, layer in compressed_layers(model).items()}
     zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.dim() > 1)
     share = zeros / sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     found = {"rank": trainer.global_rank, "digest": digest(model), "kinds": kinds, "counts": counts, "zeros": share}
+    found["metrics"] = metrics
     (options.root / f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
 
 

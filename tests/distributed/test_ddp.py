@@ -57,6 +57,16 @@ def test_ranks_lose_the_same_channels(way: str, tmp_path: Path) -> None:
     assert small.conv1.out_channels + small.conv2.out_channels < 24
 
 
+def test_ranks_have_one_teacher(tmp_path: Path) -> None:
+    zero, one = both_ranks("fit_ddp", tmp_path, "--distil")
+    assert one["digest"] == zero["digest"]
+    assert one["metrics"]["pquant/distillation_loss"] == zero["metrics"]["pquant/distillation_loss"] > 0
+    teachers = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["DistillationCallback"]
+    assert len(teachers["teacher"]) == 64
+    again = both_ranks("fit_ddp", tmp_path, "--distil", "--epochs", "2", "--ckpt", str(tmp_path / "last.ckpt"))
+    assert again[0]["digest"] == again[1]["digest"] != zero["digest"]
+
+
 def test_an_error_on_rank_zero_ends_both(tmp_path: Path) -> None:
     finished = run("fit_ddp", tmp_path, "--nan")
     assert finished.returncode != 0
