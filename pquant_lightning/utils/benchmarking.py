@@ -1,11 +1,13 @@
-"""Honest timing: contenders in turn, after a warm-up, medians with their confidence; and peak memory."""
+"""Honest measurements on this machine: interleaved timings with confidence intervals, throughput, peak memory."""
 
+import gc
 import io
 import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,237 +17,377 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from pquant_lightning.core._private import DispatchMode
-from pquant_lightning.core.calibration import batch_size
-from pquant_lightning.core.errors import OptionError
+from pquant_lightning.core.calibration import Samples, batch_size, run_samples
+from pquant_lightning.core.deploy import stored_bytes
+from pquant_lightning.core.errors import OptionError, known
 from pquant_lightning.core.report import as_call
 
 CONFIDENCE = 0.95
-MIN_RUNS = 9
+"""Coverage of the intervals; with fewer than six rounds the interval is the whole range, which covers less."""
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A median with a confidence interval for it.
+
+    Attributes:
+        median: of the samples.
+        low, high: the interval, two of the samples (`CONFIDENCE`, from the order statistics alone).
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Estimate":
+        """The median of independent samples of any one distribution.
+
+        The k-th smallest and k-th largest of n samples enclose the median with probability 1 - 2 P(B < k),
+        B ~ Binomial(n, 1/2); k is the largest that reaches `CONFIDENCE`.
+
+        References:
+            Le Boudec (2010), "Performance evaluation of computer and communication systems", theorem 2.1.
+
+        >>> Estimate.of([5.0, 1.0, 4.0, 2.0, 3.0, 6.0, 7.0, 8.0, 9.0])
+        Estimate(median=5.0, low=2.0, high=8.0)
+        """
+        ordered, n = sorted(samples), len(samples)
+        below, rank = 0.0, 0
+        while (below := below + math.comb(n, rank) / 2**n) <= (1 - CONFIDENCE) / 2:
+            rank += 1
+        rank = max(rank, 1)
+        return cls(statistics.median(ordered), ordered[rank - 1], ordered[n - rank])
+
+    @property
+    def precision(self) -> float:
+        """Half the width of the interval, as a share of the median."""
+        return (self.high - self.low) / 2 / self.median if self.median else 0.0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Time of one call, over repeated calls.
+    """How long one call takes.
 
     Attributes:
-        median_ms: the median, in milliseconds.
-        low_ms: lower end of the 95 % confidence interval of the median.
-        high_ms: its upper end.
-        runs: calls that were timed.
+        rounds_ms: milliseconds per call, one value per round; the rounds of contenders measured together correspond.
     """
 
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    runs: int
+    rounds_ms: tuple[float, ...]
 
-    @classmethod
-    def of(cls, seconds: list[float]) -> "Timing":
-        """The median and the order statistics around it between which the true median lies with 95 %.
+    @property
+    def estimate_ms(self) -> Estimate:
+        """Median and interval in milliseconds."""
+        return Estimate.of(self.rounds_ms)
 
-        References:
-            The number of measurements below the median is binomial; the normal approximation of its quantiles (Conover,
-            "Practical Nonparametric Statistics", 1999, section 3.2).
+    @property
+    def median_ms(self) -> float:
+        """The median in milliseconds."""
+        return statistics.median(self.rounds_ms)
 
-        >>> Timing.of([0.003, 0.001, 0.002])
-        Timing(median_ms=2.0, low_ms=1.0, high_ms=3.0, runs=3)
+    @property
+    def spread_ms(self) -> float:
+        """The interquartile range of the rounds in milliseconds."""
+        if len(self.rounds_ms) < 2:
+            return 0.0
+        first, _, third = statistics.quantiles(self.rounds_ms, n=4, method="inclusive")
+        return third - first
+
+    def relative_to(self, other: "Timing") -> Estimate:
+        """This time / the other's, round by round, so that what slows the machine down for both falls out.
+
+        Raises:
+            OptionError: they were not measured together.
         """
-        ordered, count = sorted(seconds), len(seconds)
-        spread = statistics.NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * math.sqrt(count) / 2
-        low, high = max(math.floor(count / 2 - spread), 0), min(math.ceil(count / 2 + spread), count - 1)
-        return cls(statistics.median(ordered) * 1e3, ordered[low] * 1e3, ordered[high] * 1e3, count)
+        if len(self.rounds_ms) != len(other.rounds_ms):
+            raise OptionError(
+                f"A ratio is taken round by round, got {len(self.rounds_ms)} and {len(other.rounds_ms)} rounds: "
+                "measure both in one call of measure()."
+            )
+        return Estimate.of([mine / its for mine, its in zip(self.rounds_ms, other.rounds_ms, strict=True)])
+
+    def __str__(self) -> str:
+        found = self.estimate_ms
+        return f"{found.median:.3g} ms [{found.low:.3g}, {found.high:.3g}]"
 
 
-def measure_latency(
-    contenders: Mapping[str, Callable[[], Any]],
+def measure(
+    contenders: Mapping[str, Call],
     *,
-    seconds: float = 2.0,
-    warmup: int = 3,
+    min_rounds: int = 7,
+    max_rounds: int = 101,
+    precision: float = 0.02,
+    max_seconds: float = 10.0,
+    min_round_ms: float = 2.0,
+    warm_up: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Times several calls side by side: in turn, each round beginning with another, so that drifts hit all alike.
+    """Times contenders in turns: every round runs each of them once, and the next round starts with another one.
+
+    After the warm-up, rounds are added until every interval is as narrow as `precision` asks, or time is up. Short
+    calls are repeated within a round. The garbage collector rests meanwhile, and CUDA is waited for before each look at
+    the clock.
 
     Args:
-        contenders: what is called, by name.
-        seconds: about how long all of it may take; at least nine rounds are made.
-        warmup: calls of each before anything is timed.
-        clock: seconds that have passed; work on CUDA is waited for before it is read.
+        contenders: what to call, by name; results are thrown away.
+        min_rounds: rounds that are always made; 6 is the least that gives an interval of 95 %.
+        max_rounds: rounds after which it ends.
+        precision: half the width of the interval / the median, for every contender, at which it ends.
+        max_seconds: time after which no round is begun, beyond `min_rounds`.
+        min_round_ms: a contender's calls in one round take about this long at least.
+        warm_up: untimed calls of each contender before the first round, at least 1.
+        clock: seconds; `time.process_time` leaves out what other programs take, and every thread counts.
 
     Raises:
-        OptionError: no contender.
+        OptionError: there is no contender, or a number is out of range.
+
+    >>> times = measure({"a": lambda: sum(range(1000)), "b": lambda: sum(range(9000))}, max_seconds=0.1)
+    >>> times["b"].relative_to(times["a"]).low > 1
+    True
     """
     if not contenders:
-        raise OptionError("measure_latency needs at least one contender.")
+        raise OptionError("measure takes at least one contender to call, got none.")
+    if not 1 <= min_rounds <= max_rounds:
+        raise OptionError(f"measure needs 1 <= min_rounds <= max_rounds, got {min_rounds} and {max_rounds}.")
+    if warm_up < 1 or precision < 0:
+        raise OptionError(f"measure needs warm_up >= 1 and precision >= 0, got {warm_up} and {precision}.")
     names = list(contenders)
-    for _ in range(warmup):
-        for name in names:
-            contenders[name]()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    started, turn = _now(clock), 0
-    while turn < MIN_RUNS or _now(clock) - started < seconds:
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            before = _now(clock)
-            contenders[name]()
-            times[name].append(_now(clock) - before)
-        turn += 1
-    return {name: Timing.of(measured) for name, measured in times.items()}
+    repeats = {name: _repeats(call, warm_up, min_round_ms, clock) for name, call in contenders.items()}
+    rounds_ms: dict[str, list[float]] = {name: [] for name in names}
+    start = clock()
+    with _no_collection():
+        for turn in range(max_rounds):
+            narrow = turn >= min_rounds and all(Estimate.of(v).precision <= precision for v in rounds_ms.values())
+            if narrow or (turn >= min_rounds and clock() - start >= max_seconds):
+                break
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                rounds_ms[name].append(1000 * _seconds(contenders[name], repeats[name], clock))
+    return {name: Timing(tuple(values)) for name, values in rounds_ms.items()}
 
 
-def _now(clock: Callable[[], float]) -> float:
-    if torch.cuda.is_available():
+def _repeats(call: Call, warm_up: int, min_round_ms: float, clock: Callable[[], float]) -> int:
+    """Calls per round; the last call of the warm-up says how long one takes."""
+    for _ in range(warm_up - 1):
+        call()
+    seconds = _seconds(call, 1, clock)
+    return max(1, math.ceil(min_round_ms / 1000 / seconds)) if seconds > 0 else 1
+
+
+def _seconds(call: Call, repeats: int, clock: Callable[[], float]) -> float:
+    _synchronize()
+    start = clock()
+    for _ in range(repeats):
+        call()
+    _synchronize()
+    return (clock() - start) / repeats
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return clock()
 
 
-class _LiveTensors(DispatchMode):  # type: ignore[misc] # its base has no types
-    """Counts the bytes of tensors that come into being and go, by the storages they share."""
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _LiveTensors(DispatchMode):  # type: ignore[misc]
+    """Counts the bytes of the tensors that operations make, from their creation until nothing refers to them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self._users: dict[int, int] = {}
+        self.live_bytes = self.peak_bytes = 0
+        self.alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            key = tensor.untyped_storage().data_ptr()
-            if key in self._users or key not in known:
-                self._add(tensor, key)
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if id(storage) not in given and id(storage) not in self.alive:
+                self._count(storage)
         return result
 
-    def _add(self, tensor: Tensor, key: int) -> None:
-        size = tensor.untyped_storage().nbytes()
-        if key not in self._users:
-            self._users[key] = 0
-            self.live += size
-            self.peak = max(self.peak, self.live)
-        self._users[key] += 1
-        weakref.finalize(tensor, self._remove, key, size).atexit = False
+    def _count(self, storage: Any) -> None:
+        key, size_bytes = id(storage), storage.nbytes()
 
-    def _remove(self, key: int, size: int) -> None:
-        self._users[key] -= 1
-        if not self._users[key]:
-            del self._users[key]
-            self.live -= size
+        def gone(_: Any) -> None:
+            self.live_bytes -= size_bytes
+            self.alive.pop(key)
+
+        self.alive[key] = weakref.ref(storage, gone)
+        self.live_bytes += size_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _storages(value: Any) -> Iterator[Any]:
     if isinstance(value, Tensor):
-        return [value] if value.layout is torch.strided else []  # others (repacked weights) have no storage to look at
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in inner for tensor in _tensors(item)]
+        if value.layout == torch.strided:
+            yield value.untyped_storage()
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _storages(item)
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Bytes of the tensors that a call makes, at the moment when most of them are alive.
+def peak_bytes(call: Call) -> int:
+    """Most bytes of memory that a call holds at once, beyond what there was before.
 
-    On CUDA what the allocator has handed out; on the CPU the tensors themselves, without what a kernel uses inside.
-    Tensors that were there before (weights, inputs) are not counted.
+    On a GPU, by CUDA's caching allocator. On a CPU, by the tensors that torch's operations make and the time they live:
+    the same number on every run and machine, which the resident size of the process is not (freed memory stays with
+    it). Scratch space inside one kernel is not seen on a CPU.
 
-    >>> peak_bytes(lambda: torch.zeros(1000) + torch.zeros(1000))
-    12000
+    >>> peak_bytes(lambda: torch.ones(1000) + 1)  # two tensors of 4000 bytes
+    8000
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run()
+        call()
         torch.cuda.synchronize()
-        if (used := torch.cuda.max_memory_allocated() - before) > 0:
-            return used
-    with _LiveTensors() as counter:
-        run()
-    peak: int = counter.peak
-    return peak
+        on_device = torch.cuda.max_memory_allocated() - before
+        if on_device > 0:
+            return on_device
+    with _LiveTensors() as tensors:
+        call()
+    return tensors.peak_bytes
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """One model on one batch: the time of a call, samples per second, and bytes of activations at the peak."""
+class ModelBenchmark:
+    """What one model takes for one batch.
 
-    latency: Timing
-    throughput: float
-    peak_bytes: int
+    Attributes:
+        timing: of a forward pass, in eval mode without gradients.
+        samples_per_second: samples of the batch / median time.
+        peak_memory_bytes: parameters and buffers, and the most that a forward pass holds beside them (`peak_bytes`).
+    """
+
+    timing: Timing
+    samples_per_second: float
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """Models side by side on the same batch; prints as a table whose ratios are to the first model."""
+    """Models on the same inputs, measured in turns; prints as a table.
 
+    Attributes:
+        models: by name; the first is what the others are compared with.
+        batch_size: samples in a batch.
+        device: where they ran.
+        threads: that torch used on the CPU.
+    """
+
+    models: dict[str, ModelBenchmark]
     batch_size: int
-    threads: int
     device: str
-    models: dict[str, Benchmark]
+    threads: int
 
-    def speed_up(self, name: str) -> float:
-        """How many times as fast as the first model."""
-        first = next(iter(self.models.values()))
-        return first.latency.median_ms / self.models[name].latency.median_ms
+    def relative_time(self, name: str) -> Estimate:
+        """Time of a model / time of the first one, with its interval.
+
+        Raises:
+            OptionError: no model has that name.
+        """
+        if name not in self.models:
+            raise OptionError(f"No model {name!r} was measured. {known(name, self.models)}")
+        return self.models[name].timing.relative_to(next(iter(self.models.values())).timing)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data."""
-        return {**asdict(self), "speed_up": {name: self.speed_up(name) for name in self.models}}
+        """The report as plain JSON-able data."""
+        rows = {}
+        for name, model in self.models.items():
+            rows[name] = {
+                "latency_ms": asdict(model.timing.estimate_ms),
+                "spread_ms": model.timing.spread_ms,
+                "rounds": len(model.timing.rounds_ms),
+                "samples_per_second": model.samples_per_second,
+                "peak_memory_bytes": model.peak_memory_bytes,
+                "relative_time": asdict(self.relative_time(name)),
+            }
+        return {"models": rows, "batch_size": self.batch_size, "device": self.device, "threads": self.threads}
 
     def __str__(self) -> str:
-        table = Table(
-            title=f"Batch of {self.batch_size}, {self.device}, {self.threads} thread(s)", title_justify="left"
-        )
-        table.add_column("Model")
-        for heading in ("Latency, ms", "95 % interval", "Samples / s", "Activations", "Times faster"):
+        title = f"Benchmark: batch {self.batch_size}, {self.device}, {self.threads} thread(s)"
+        table = Table(title=title, title_justify="left")
+        table.add_column("Model", overflow="fold")
+        for heading in ("ms, median [95 %]", "Relative time", "Samples/s", "Peak memory, bytes"):
             table.add_column(heading, justify="right")
-        for name, found in self.models.items():
-            time_ = found.latency
-            table.add_row(
-                name,
-                f"{time_.median_ms:.3f}",
-                f"{time_.low_ms:.3f} - {time_.high_ms:.3f}",
-                f"{found.throughput:,.0f}",
-                f"{found.peak_bytes:,}",
-                f"{self.speed_up(name):.2f}",
-            )
+        for name, model in self.models.items():
+            ratio = self.relative_time(name)
+            relative = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+            time_ms = str(model.timing).replace(" ms", "")
+            table.add_row(name, time_ms, relative, f"{model.samples_per_second:,.0f}", f"{model.peak_memory_bytes:,}")
         console = Console(file=io.StringIO(), width=120, color_system=None)
-        console.print(table)
+        console.print(table, markup=False)
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().rstrip()
 
 
-def benchmark_models(models: Mapping[str, nn.Module], example_inputs: Any, *, seconds: float = 2.0) -> BenchmarkReport:
-    """Times models on the same inputs, in turn, in eval mode without gradients.
+def benchmark_models(models: Mapping[str, nn.Module], example_inputs: Any, **options: Any) -> BenchmarkReport:
+    """Latency, throughput and peak memory of models on the same inputs, in eval mode without gradients.
 
     Args:
-        models: by name; the first is what the others are compared with.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; their first dimension is the
-            batch.
-        seconds: about how long the timing may take.
+        models: by name, the first to compare the others with: `{"original": a, "compressed": b}`. Each stays on its
+            device and is as before afterwards. Give deployed forms (`finalize`): the training form is slower.
+        example_inputs: what `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
+        **options: of `measure`, such as `max_seconds=2` or `precision=0.01`.
 
-    >>> report = benchmark_models({"net": nn.Linear(8, 8)}, torch.zeros(4, 8), seconds=0.01)
-    >>> report.batch_size, report.models["net"].peak_bytes
-    (4, 128)
+    Raises:
+        OptionError: there is no model, or an option of `measure` is out of range.
+        CalibrationError: a model cannot be run on the inputs.
+
+    >>> small, large = nn.Linear(8, 8), nn.Linear(8, 800)
+    >>> report = benchmark_models({"large": large, "small": small}, torch.ones(4, 8), max_seconds=0.1)
+    >>> report.batch_size, report.models["small"].peak_memory_bytes  # (72 + 4 * 8) * 4 bytes
+    (4, 416)
     """
-    args, kwargs = as_call(example_inputs)
-    reference = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), torch.empty(0))
-    runs = {name: _forward(model, args, kwargs) for name, model in models.items()}
-    modes = [(module, module.training) for model in models.values() for module in model.modules()]
-    for model in models.values():
-        model.eval()
+    if not models:
+        raise OptionError("benchmark_models takes at least one model by name, got none.")
+    runs = {name: _forward(model, example_inputs) for name, model in models.items()}
+    with _evaluating(models.values()):
+        held = {name: stored_bytes(models[name]) + peak_bytes(run) for name, run in runs.items()}
+        timings = measure(runs, **options)
+    size = batch_size(example_inputs)
+    measured = {
+        name: ModelBenchmark(timing, size / timing.median_ms * 1000, held[name]) for name, timing in timings.items()
+    }
+    device = next((p.device.type for m in models.values() for p in m.parameters()), "cpu")
+    return BenchmarkReport(measured, size, device, torch.get_num_threads())
+
+
+def _forward(model: nn.Module, example_inputs: Any) -> Call:
+    """A forward pass as a call without arguments; one has been made, which says what is wrong if it cannot."""
+    placed: list[Any] = []  # the inputs, on the model's device
+
+    def call_with(module: nn.Module, batch: Any) -> None:
+        placed[:] = batch
+        module(*batch[0], **batch[1])
+
+    for _ in run_samples(model, Samples((as_call(example_inputs),), call_with)):
+        pass
+    args, kwargs = placed
+    return lambda: model(*args, **kwargs)
+
+
+@contextmanager
+def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
     try:
-        timings = measure_latency(runs, seconds=seconds)
-        peaks = {name: peak_bytes(run) for name, run in runs.items()}
+        with torch.no_grad():
+            yield
     finally:
         for module, training in modes:
             module.training = training
-    size = batch_size([*args, *kwargs.values()])
-    found = {
-        name: Benchmark(timing, size / max(timing.median_ms, 1e-9) * 1e3, peaks[name])
-        for name, timing in timings.items()
-    }
-    return BenchmarkReport(size, torch.get_num_threads(), str(reference.device), found)
-
-
-def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
-    def call() -> Any:
-        with torch.inference_mode():
-            return model(*args, **kwargs)
-
-    return call

@@ -11,10 +11,12 @@ from pquant_lightning import (
     PruningCallback,
     QATCallback,
     StructuredPruningCallback,
+    benchmark_models,
     compress_model,
     finalize,
     load_compressed,
 )
+from pquant_lightning.utils.benchmarking import peak_bytes
 from tests.contract.table import CASES, Case, output, over
 from tests.models import MODELS, fit, quiet_trainer
 
@@ -84,3 +86,13 @@ def test_exact_zeros_in_two_of_four_run_on_sparse_kernels():
     for layer in (pruned[0], pruned[2]):
         layer.weight = torch.nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight.detach()))
     torch.testing.assert_close(pruned(x), dense, rtol=1e-2, atol=1e-2)
+
+
+def test_memory_is_that_of_the_gpu_and_inputs_go_to_the_model():
+    x = torch.ones(2**20, device="cuda")
+    assert peak_bytes(lambda: (x + 1) * 2) == 2 * 4 * 2**20
+    assert peak_bytes(lambda: torch.ones(1000)) == 4000  # what runs on the CPU is counted there
+    layer = torch.nn.Linear(1024, 1024, bias=False).cuda()
+    report = benchmark_models({"layer": layer}, torch.ones(256, 1024), max_rounds=7)
+    assert report.device == "cuda"
+    assert report.models["layer"].peak_memory_bytes >= 4 * (1024 * 1024 + 256 * 1024)

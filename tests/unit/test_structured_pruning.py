@@ -1,6 +1,7 @@
 """Structured pruning without a Trainer: importance, choice, targets, repairs, removal, and what is refused."""
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -172,7 +173,15 @@ def test_layers_that_cannot_lose_channels_are_left_alone(tmp_path: Any) -> None:
 def test_latency_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     from pquant_lightning.methods.pruning import _cost
 
-    monkeypatch.setattr(_cost, "_seconds", lambda model, samples: sum(p.numel() for p in model.parameters()))
+    now = 0.0  # of a clock on which a model takes a second per parameter
+
+    def run(model: nn.Module, samples: Any) -> list[Any]:
+        nonlocal now
+        now += sum(p.numel() for p in model.parameters())
+        return []
+
+    monkeypatch.setattr(_cost, "run_samples", run)
+    monkeypatch.setattr(_cost, "measure", partial(_cost.measure, clock=lambda: now))
     net = conv_net()
     assert share(net, pruned(net, target={"latency": 0.5}), "params") == pytest.approx(0.5, rel=0.1)
 

@@ -1,11 +1,9 @@
 """What a model without some of its units costs, as a share of what it costs with them."""
 
-import statistics
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from pquant_lightning.core.calibration import Samples, bind_batch, run_samples
@@ -13,6 +11,7 @@ from pquant_lightning.core.deploy import count_params, share_copy
 from pquant_lightning.core.errors import ModelError
 from pquant_lightning.core.report import count_macs
 from pquant_lightning.methods.pruning._sized import Removed, Units, take_out
+from pquant_lightning.utils.benchmarking import measure
 
 _ROUNDS = 7  # of a latency
 
@@ -49,11 +48,12 @@ def kept_latency(model: nn.Module, groups: Sequence[Units], samples: Samples) ->
 
     def kept(removed: Removed) -> float:
         small = _without(model, groups, removed)
-        ratios = []
-        for turn in range(_ROUNDS + 1):
-            before, now = _seconds(model, samples), _seconds(small, samples)
-            ratios += [now / before] if turn else []
-        return statistics.median(ratios)
+        runs = {
+            "before": lambda: deque(run_samples(model, samples), maxlen=0),
+            "now": lambda: deque(run_samples(small, samples), maxlen=0),
+        }
+        timings = measure(runs, min_rounds=_ROUNDS, max_rounds=_ROUNDS)
+        return timings["now"].relative_to(timings["before"]).median
 
     return kept
 
@@ -71,11 +71,3 @@ def _call(model: nn.Module, samples: Samples) -> Any:
     """The example as `count_macs` takes it."""
     args, kwargs = bind_batch(model, samples.batches[0])
     return kwargs or args
-
-
-def _seconds(model: nn.Module, samples: Samples) -> float:
-    start = time.perf_counter()
-    for _ in run_samples(model, samples):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    return time.perf_counter() - start
