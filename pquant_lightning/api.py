@@ -71,9 +71,11 @@ def compress_model(
     if not isinstance(model, nn.Module):
         raise ModelError(f"compress_model takes a model, a torch.nn.Module that is made already; got {model!r}.")
     config = _configuration(method_or_config, options)
-    if config is not None and Settings.read(config).training.epochs:
-        if isinstance(model, pl.LightningModule) and train_loader is not None:
-            return _trained(model, config, train_loader, val_loader, inplace)
+    settings = None if config is None else Settings.read(config)
+    if config is not None and settings is not None and (settings.training.epochs or settings.budget is not None):
+        trains = isinstance(model, pl.LightningModule) and train_loader is not None
+        if trains or not settings.training.epochs:
+            return _run_pipeline(model, config, train_loader, val_loader, inplace)
         log.warning(
             "The section 'training' asks for epochs, and %s: the model is compressed without training.",
             "there is no train_loader" if train_loader is None else f"{type(model).__name__} is no LightningModule",
@@ -117,9 +119,9 @@ def _methods(method_or_config: Any, options: dict[str, Any]) -> list[Compression
     return sorted(ConfigManager.methods(method_or_config), key=lambda method: method.stage)
 
 
-def _trained(model: nn.Module, config: dict[str, Any], train: Any, val: Any, inplace: bool) -> nn.Module:
+def _run_pipeline(model: nn.Module, config: dict[str, Any], train: Any, val: Any, inplace: bool) -> nn.Module:
     if inplace:
-        raise OptionError("A configuration that trains compares with the given model and returns a copy: no inplace.")
+        raise OptionError("A configuration with training or a budget compares with the given model: no inplace.")
     if config.get("evaluation") and val is None and not hasattr(train, "val_dataloader"):
         log.warning("The section 'evaluation' needs a val_loader (or a datamodule): nothing is evaluated.")
         config = {key: value for key, value in config.items() if key != "evaluation"}

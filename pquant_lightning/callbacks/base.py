@@ -4,7 +4,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,10 +163,18 @@ class _MethodCallback(Callback):
                 for tensor in module.get_submodule(entry.name).state_dict(keep_vars=True).values():
                     tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
 
-    def compress_untrained(self, model: nn.Module, samples: Samples | None) -> None:
-        """Compresses a model outside of a Trainer, so that a later fit with this callback goes on with it."""
+    def compress_untrained(
+        self, model: nn.Module, samples: Samples | None, choices: Mapping[str, dict[str, Any]] | None = None
+    ) -> None:
+        """Compresses a model outside of a Trainer, so that a later fit with this callback goes on with it.
+
+        Args:
+            model: changed in place.
+            samples: what the method wants.
+            choices: what a budget has chosen for its layers.
+        """
         self._state, self._complete = {}, True
-        context = CompressionContext(by=self.state_key, samples=samples, state=self._state)
+        context = CompressionContext(by=self.state_key, samples=samples, state=self._state, choices=choices)
         try:
             self.method.compress_in_place(model, context=context)
         except NothingToCompressError as error:

@@ -87,6 +87,9 @@ class CompressedLayer(nn.Module):
         """Structure only; called under `torch.device("meta")`. Buffers with a start value name their device."""
         raise NotImplementedError(f"{cls.__name__}.from_spec")
 
+    def follow_resized(self, kept: Mapping[int, Tensor]) -> None:
+        """Called when indices have been taken out of the weight; `kept` are those that stay, by dimension."""
+
     def finalized(self) -> nn.Module:
         """The deployed form of this layer; a new layer, or itself where nothing changes. Inner kinds are final."""
         return self

@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,7 +21,7 @@ from pquant_lightning.core.output_error import OutputError
 from pquant_lightning.core.plan import Candidate
 from pquant_lightning.core.report import count_macs, make_report
 from pquant_lightning.core.splitting import split_view
-from pquant_lightning.utils.benchmarking import measure_latency
+from pquant_lightning.utils.benchmarking import measure
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,9 @@ BUDGETS = ("size", "macs", "latency", "max_drop")
 PROBE_SAMPLES = 64
 """Samples, spread over the batches, on which outputs are compared."""
 
+_PROBES = 4  # candidates of a layer and method that are measured
+_LOSSLESS = 1e-9  # losses below are rounding errors
+_AIMS = (1.0, 0.75, 0.5)  # of the budget: less for the layers may be better, where their losses are not quite additive
 _TRIES = 6  # of a budget that is corrected by what came out
 _BISECTIONS = 6  # of the size, for a metric
 _CLOSE = 0.97  # of the budget: near enough
@@ -37,8 +41,15 @@ Choices = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Step:
-    """One method with what a budget has chosen for its layers; None where the method decides by itself."""
+    """One method in a budget.
 
+    Attributes:
+        given: the method as it was given.
+        method: the same, or one of its levels.
+        choices: what was chosen for its layers; None where the method decides by itself.
+    """
+
+    given: CompressionMethod
     method: CompressionMethod
     choices: Choices | None = None
 
@@ -142,9 +153,9 @@ def _smallest(sharing: "_Sharing", max_drop: float, drop: Callable[[nn.Module], 
         return found
 
     low, high, best = sharing.least(), 1.0, None
-    start = sharing.best(math.sqrt(low))
+    start = sharing.best(math.sqrt(low), quick=True)
     for _ in range(_BISECTIONS):
-        share = start if best is None and high == 1.0 else sharing.best(math.sqrt(low * high))
+        share = start if best is None and high == 1.0 else sharing.best(math.sqrt(low * high), quick=True)
         if lost(share) <= max_drop:
             best, high = share, share.kept
         else:
@@ -206,9 +217,8 @@ class _Sharing:
                 saving = [offer for offer in own if self._saves(offer, dense)]
                 if not saving:
                     continue
-                scale = self._scale(method, name, saving, context)
                 layer = found.setdefault(name, _Layer(dense, self._macs_of(name, view)))
-                layer.offers[place] = [replace(offer, loss=offer.loss * scale) for offer in saving]
+                layer.offers[place] = self._by_outputs(method, name, saving, context)
         return found
 
     def _saves(self, offer: Candidate, dense: int) -> bool:
@@ -217,24 +227,44 @@ class _Sharing:
     def _macs_of(self, name: str, view: nn.Module) -> int:
         return self.macs.get(name) or sum(p.numel() for p in view.get_submodule(name).parameters() if p.dim() > 1)
 
-    def _scale(self, method: LayerMethod, name: str, offers: list[Candidate], context: CompressionContext) -> float:
+    def _by_outputs(
+        self, method: LayerMethod, name: str, offers: list[Candidate], context: CompressionContext
+    ) -> list[Candidate]:
+        """The candidates of one layer with the error of the outputs as their loss.
+
+        A few are measured, each alone in the model; between them the factor from loss to error is interpolated.
+        """
+        places = sorted({round(step * (len(offers) - 1) / (_PROBES - 1)) for step in range(_PROBES)})
+        measured = [(place, self._factor(method, name, offers[place], context)) for place in places]
+        known = [(place, factor) for place, factor in measured if factor is not None]
+        if not known:  # its own rules (min_saving) forbid all of them
+            return []
+        at, factors = [place for place, _ in known], [factor for _, factor in known]
+        scales = np.interp(range(len(offers)), at, factors)
+        return [replace(offer, loss=offer.loss * float(scale)) for offer, scale in zip(offers, scales, strict=True)]
+
+    def _factor(self, method: LayerMethod, name: str, offer: Candidate, context: CompressionContext) -> float | None:
         """The error of the outputs with one candidate in the model / its loss."""
-        lossy = [offer for offer in offers if offer.loss > 1e-9] or offers
-        probe = lossy[len(lossy) // 2]
         twin = deepcopy(self.model)
-        chosen = replace(context, choices={name: probe.options}, notes={}, errors={}, state={})
+        chosen = replace(context, choices={name: offer.options}, notes={}, errors={}, state={})
         try:
             method.compress_in_place(twin, context=chosen)
-        except NothingToCompressError:  # its own rules (min_saving) forbid it
-            return 1.0
+        except NothingToCompressError:
+            return None
         deploy(twin)
-        return self.error.of(twin) / max(probe.loss, 1e-12)
+        return self.error.of(twin) / max(offer.loss, _LOSSLESS)
 
     # -- sharing -------------------------------------------------------------------------------------------------------
 
-    def best(self, value: float) -> Share:
-        """Of all ways to keep to the budget, the one with the least error of the outputs."""
-        tried = [self._meet(value, places, extra) for extra in self._levels() for places in self._teams()]
+    def best(self, value: float, quick: bool = False) -> Share:
+        """Of all ways to keep to the budget, the one with the least error of the outputs; `quick` tries all together."""
+        teams, aims = (self._teams()[:1], _AIMS[:1]) if quick else (self._teams(), _AIMS)
+        tried = [
+            self._meet(value * aim, places, extra)
+            for extra in self._levels()
+            for places in teams
+            for aim in (aims if len(places) > 1 else _AIMS[:1])
+        ]
         found = [share for share in tried if share.kept <= value * (1 + 1e-9) and math.isfinite(share.loss)]
         if not found:
             least = min((share.kept for share in tried if math.isfinite(share.loss)), default=1.0)
@@ -256,8 +286,8 @@ class _Sharing:
         for place, method in enumerate(self.methods):
             if any(place in layer.offers for layer in self.layers.values()) and self._counts(place):
                 continue
-            levels = [Step(level) for level in method.levels()]
-            options.append([None, *levels] if levels else [Step(method)])
+            levels = [Step(method, level) for level in method.levels()]
+            options.append([None, *levels] if levels else [Step(method, method)])
         return [tuple(step for step in chosen if step is not None) for chosen in itertools.product(*options)]
 
     def _counts(self, place: int) -> bool:
@@ -311,7 +341,7 @@ class _Sharing:
         for place in sorted(places):
             own = {n: c.options[str(place)] for n, c in chosen.items() if str(place) in c.options}
             if own:
-                steps.append(Step(self.methods[place], own))
+                steps.append(Step(self.methods[place], self.methods[place], own))
         return steps
 
     def _combinations(self, layer: _Layer, places: frozenset[int]) -> list[Candidate]:
@@ -369,8 +399,8 @@ class _Sharing:
                 )
             return after[""] / self.macs[""]
         runs = {"before": _runner(self.model, self.example), "after": _runner(final, self.example)}
-        timings = measure_latency(runs, seconds=0.5)
-        return timings["after"].median_ms / timings["before"].median_ms
+        timings = measure(runs, max_seconds=1.0)
+        return timings["after"].relative_to(timings["before"]).median
 
 
 def _runner(model: nn.Module, example: Any) -> Callable[[], Any]:

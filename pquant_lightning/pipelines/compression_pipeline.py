@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import logging
 import shutil
 import time
@@ -12,41 +11,33 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
 from pquant_lightning.callbacks._validation import check_logged, validation_metrics
 from pquant_lightning.callbacks.base import CompressionCallback
-from pquant_lightning.core.calibration import describe_batch
+from pquant_lightning.core.calibration import Samples, describe_batch
 from pquant_lightning.core.compressed_layer import changed_layers, install_hook
 from pquant_lightning.core.compression_method import CompressionMethod
 from pquant_lightning.core.deploy import deploy
 from pquant_lightning.core.errors import (
     CallbackOrderError,
-    CheckpointError,
     ModelError,
     NothingToCompressError,
     OptionError,
-    PQuantError,
 )
+from pquant_lightning.core.joint_budget import Step, check_budget, share_budget
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport, make_report
-from pquant_lightning.core.serialization import (
-    ARTIFACT_NAME,
-    artifact_metadata,
-    atomic_file,
-    read_checkpoint,
-    write_artifact,
-)
+from pquant_lightning.core.serialization import ARTIFACT_NAME, artifact_metadata, write_artifact
+from pquant_lightning.pipelines._journal import Journal
 from pquant_lightning.pipelines._settings import GuardSettings, Settings, TrainingSettings
 from pquant_lightning.pipelines._training import SetLearningRate, fine_tune, with_batch_size
 from pquant_lightning.pipelines.evaluation_pipeline import EvaluationPipeline, EvaluationReport
 
 log = logging.getLogger(__name__)
 
-STATE_NAME = "pipeline.json"
-_VERSION = 1
+_SAMPLES = 300  # that a budget looks at, or more if a method wants more
 
 
 @dataclass(frozen=True)
@@ -145,6 +136,9 @@ class CompressionPipeline:
         max_drop: what the metric may be worse than before all stages, in its own unit. A stage that costs more leaves
             out the layers with the largest errors, as few as it takes, found by bisection, or is put back.
         mode: whether more of the metric is better ("max") or less ("min").
+        budget: `{"size": 0.1}` of the stored bytes, `{"macs": 0.5}`, `{"latency": 0.5}` (measured on this machine), or
+            `{"max_drop": 0.01}` of the monitored metric: ranks, bits and channels are shared out over layers and
+            methods together, see `core.joint_budget`; a method that does not pay is left out. Needs training data.
         metrics: for `EvaluationPipeline`, measured at the end.
         batch_size: samples per batch in place of the data's own.
 
@@ -165,6 +159,7 @@ class CompressionPipeline:
         monitor: str | None = None,
         max_drop: float | None = None,
         mode: str = "max",
+        budget: Mapping[str, float] | None = None,
         metrics: Sequence[str] = (),
         batch_size: int | None = None,
     ) -> None:
@@ -172,6 +167,9 @@ class CompressionPipeline:
             raise OptionError(f"CompressionPipeline takes a list of stages, got {stages!r}.")
         self.stages = _ordered([s if isinstance(s, PipelineStage) else PipelineStage(s) for s in stages])
         self.guard = GuardSettings(monitor, max_drop, mode)
+        self.budget = None if budget is None else dict(budget)
+        if self.budget is not None and check_budget(self.budget)[0] == "max_drop" and monitor is None:
+            raise OptionError("budget={'max_drop': ...} goes with monitor='...', the metric that may lose it.")
         self.evaluation = EvaluationPipeline(metrics) if metrics else None
         self.batch_size = TrainingSettings(batch_size=batch_size).batch_size
 
@@ -188,7 +186,7 @@ class CompressionPipeline:
         training = settings.training
         stage = PipelineStage(settings.methods, training.epochs, training.lr if training.epochs else None)
         size = training.batch_size if training.epochs else None
-        return cls([stage], metrics=settings.metrics, batch_size=size, **asdict(settings.guard))
+        return cls([stage], metrics=settings.metrics, batch_size=size, budget=settings.budget, **asdict(settings.guard))
 
     def run(
         self,
@@ -234,6 +232,8 @@ class CompressionPipeline:
             )
         if trained and train is None:
             raise OptionError(f"The stage {trained[0].name} trains: give run a train_loader or a datamodule.")
+        if self.budget is not None and train is None:
+            raise OptionError("budget measures what layers cost the outputs: give run a train_loader or a datamodule.")
         if self.guard.monitor is not None and not isinstance(model, LightningModule):
             raise ModelError(
                 f"monitor={self.guard.monitor!r} is what a validation_step logs, and {type(model).__name__} has none: "
@@ -274,7 +274,9 @@ class _Run:
         install_hook(self.model)
         self.callbacks: list[CompressionCallback] = []
         self.before = self._metric(model)
-        self.finished = self._resume()
+        self.journal = None if dirpath is None else Journal(dirpath, self._fingerprint())
+        self.finished = [] if self.journal is None else self.journal.finished
+        self.steps = self._shared()
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -283,7 +285,7 @@ class _Run:
         stage, started = self.pipeline.stages[place], time.perf_counter()
         if place < len(self.finished):
             if place == len(self.finished) - 1:
-                self._load(place)
+                self._take_over(place)
             found: Any = self.finished[place]
             return StageResult(**{**found, "put_back": tuple(found["put_back"]), "resumed": True})
         log.info("Stage %d of %d: %s", place + 1, len(self.pipeline.stages), stage.name)
@@ -292,8 +294,47 @@ class _Run:
         ratio = make_report(self.model, original=self.original).size_ratio
         result = StageResult(stage.name, time.perf_counter() - started, ratio, metric, tuple(put_back))
         self.finished.append(asdict(result))
-        self._save(place)
+        if self.journal is not None:
+            self.journal.save(place, self.model, self.callbacks, self.finished)
         return result
+
+    def _shared(self) -> dict[int, Step | None] | None:
+        """What the budget has decided for each method, by its id: None for one that it leaves out."""
+        pipeline = self.pipeline
+        if pipeline.budget is None:
+            return None
+        methods = [method for stage in pipeline.stages for method in stage.methods]
+        if self.journal is not None and self.journal.share is not None:
+            steps: dict[int, Step | None] = dict.fromkeys(map(id, methods))
+            for method, saved in zip(methods, self.journal.share, strict=True):
+                if saved is not None:
+                    steps[id(method)] = Step(method, replace(method, **saved["config"]), saved["choices"])
+            return steps
+        wanted = max([method.wanted_samples for method in methods] + [_SAMPLES])
+        share = share_budget(self.model, methods, pipeline.budget, Samples.take(self.train, wanted), drop=self._drop)
+        found = {id(m): next((step for step in share.steps if step.given is m), None) for m in methods}
+        for method in methods:
+            if found[id(method)] is None:
+                log.info("The budget leaves %s out.", method.name)
+        if self.journal is not None:
+            self.journal.note_share([_plain(found[id(method)]) for method in methods])
+        return found
+
+    def _drop(self, model: nn.Module) -> float:
+        """How much worse the monitored metric of a deployed model is."""
+        guard = self.pipeline.guard
+        found = validation_metrics(model, self.val)
+        check_logged(str(guard.monitor), found)
+        assert self.before is not None
+        return (self.before - found[str(guard.monitor)]) * (1 if guard.mode == "max" else -1)
+
+    def _take_over(self, place: int) -> None:
+        """The model and the callbacks' state after a stage of an earlier run."""
+        assert self.journal is not None
+        stages = enumerate(self.pipeline.stages[: place + 1])
+        made = [callback for i, stage in stages for callback in self._callbacks(stage, i)]
+        self.callbacks = self.journal.load(place, self.model, made)
+        log.info("Stage %d of %d is taken from %s", place + 1, len(self.pipeline.stages), self.dirpath)
 
     def _guarded(self, stage: PipelineStage, place: int) -> list[str]:
         """Runs a stage so that the metric keeps to `max_drop`; returns the layers it leaves alone for that."""
@@ -322,9 +363,12 @@ class _Run:
         return layers[:many]
 
     def _act(self, stage: PipelineStage, place: int, left_out: Sequence[str]) -> None:
-        added = _callbacks(stage, place, left_out)
+        added = self._callbacks(stage, place, left_out)
         if stage.epochs:
             assert isinstance(self.model, LightningModule)
+            for callback in added:
+                if (choices := self._choices(stage, callback)) is not None:
+                    callback.compress_untrained(self.model, callback.method.samples_of(self.train), choices)
             self.callbacks += added
             rate = [] if stage.lr is None else [SetLearningRate(stage.lr)]
             folder = self._folder(place, left_out)
@@ -337,8 +381,43 @@ class _Run:
             if type(method).compress is not CompressionMethod.compress:  # the specification's shape: all by itself
                 self.model = method.compress(self.model, self.train, self.val)
                 continue
-            callback.compress_untrained(self.model, method.samples_of(self.train))
+            choices = self._choices(stage, callback)
+            callback.compress_untrained(self.model, method.samples_of(self.train), choices)
             self.callbacks.append(callback)
+
+    def _callbacks(self, stage: PipelineStage, place: int, left_out: Sequence[str] = ()) -> list[CompressionCallback]:
+        """One for each method that acts; they are named by the stage, as a method may act in several."""
+        found = []
+        for method in stage.methods:
+            step = Step(method, method) if self.steps is None else self.steps[id(method)]
+            if step is None:
+                continue
+            chosen = step.method
+            spared = replace(chosen, exclude=[*(chosen.exclude or []), *left_out]) if left_out else chosen
+            callback = CompressionCallback(spared, name=f"stage {place + 1}")
+            callback.writes_artifact, callback.optional = False, True
+            found.append(callback)
+        return found
+
+    def _choices(self, stage: PipelineStage, callback: CompressionCallback) -> Any:
+        if self.steps is None:
+            return None
+        steps = [self.steps[id(method)] for method in stage.methods]
+        return next(s.choices for s in steps if s is not None and s.given.name == callback.method.name)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a run to go on, part by part."""
+        pipeline, parameters = self.pipeline, list(self.original.named_parameters())
+        return {
+            "stages": [
+                (s.epochs, s.lr, [(method.name, method.config) for method in s.methods]) for s in pipeline.stages
+            ],
+            "monitor": asdict(pipeline.guard),
+            "budget": pipeline.budget,
+            "model": [(name, tuple(parameter.shape)) for name, parameter in parameters],
+            "weights": sum(float(p.detach().double().sum()) for _, p in parameters if p.is_floating_point()),
+            "data": _described(self.train),
+        }
 
     def _folder(self, place: int, left_out: Sequence[str]) -> Path | None:
         mark = f"-{hashlib.sha256(' '.join(left_out).encode()).hexdigest()[:8]}" if left_out else ""
@@ -392,95 +471,13 @@ class _Run:
             log.info("Compressed model: %s (%s bytes)", path, f"{size:,}")
         return CompressionResult(self.model, report, tuple(results), evaluation, path)
 
-    # -- going on ----------------------------------------------------------------------------------------------------
-
-    def _fingerprint(self) -> dict[str, str]:
-        """What must be the same for a run to go on, part by part."""
-        stages = [
-            (stage.epochs, stage.lr, [(method.name, method.config) for method in stage.methods])
-            for stage in self.pipeline.stages
-        ]
-        structure = [(name, tuple(tensor.shape)) for name, tensor in self.original.named_parameters()]
-        weights = sum(float(p.detach().double().sum()) for p in self.original.parameters() if p.is_floating_point())
-        parts = {
-            "stages": stages,
-            "monitor": asdict(self.pipeline.guard),
-            "model": structure,
-            "weights": weights,
-            "data": _described(self.train),
-        }
-        return {key: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for key, value in parts.items()}
-
-    def _resume(self) -> list[dict[str, Any]]:
-        if self.dirpath is None:
-            return []
-        self.dirpath.mkdir(parents=True, exist_ok=True)
-        path, own = self.dirpath / STATE_NAME, self._fingerprint()
-        if path.is_file():
-            try:
-                state = json.loads(path.read_text(encoding="utf-8"))
-                found, finished, version = state["fingerprint"], list(state["finished"]), state["version"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{path} is damaged ({error!r}); remove it to start afresh.") from error
-            changed = [key for key in own if found.get(key) != own[key]]
-            if version != _VERSION or changed:
-                raise CheckpointError(
-                    f"{self.dirpath} holds a run of another pipeline: {', '.join(changed) or 'version'} differ(s). Run "
-                    "it as it was, or give another dirpath."
-                )
-            return finished
-        self._write_state([])
-        return []
-
-    def _write_state(self, finished: list[dict[str, Any]]) -> None:
-        assert self.dirpath is not None
-        state = {"version": _VERSION, "fingerprint": self._fingerprint(), "finished": finished}
-        with atomic_file(self.dirpath / STATE_NAME) as file:
-            file.write(json.dumps(state, indent=2).encode())
-
-    def _save(self, place: int) -> None:
-        if self.dirpath is None:
-            return
-        kept = {callback.state_key: callback.state_dict() for callback in self.callbacks}
-        options = [callback.method.config for callback in self.callbacks]
-        state = {"state_dict": self.model.state_dict(), "callbacks": kept, "options": options}
-        with atomic_file(self.dirpath / f"stage-{place + 1}.ckpt") as file:
-            torch.save(state, file)
-        self._write_state(self.finished)
-        (self.dirpath / f"stage-{place}.ckpt").unlink(missing_ok=True)
-
-    def _load(self, place: int) -> None:
-        """Takes over the model and the callbacks' state after a stage of an earlier run."""
-        assert self.dirpath is not None
-        saved = read_checkpoint(self.dirpath / f"stage-{place + 1}.ckpt")
-        stages = enumerate(self.pipeline.stages[: place + 1])
-        self.callbacks = [callback for i, stage in stages for callback in _callbacks(stage, i)]
-        self.callbacks = [c for c in self.callbacks if c.state_key in saved["callbacks"]]
-        for callback, options in zip(self.callbacks, saved["options"], strict=True):
-            callback.method = replace(callback.method, **{"exclude": options["exclude"]})
-            callback.load_state_dict(saved["callbacks"][callback.state_key])
-        try:
-            self.model.load_state_dict(saved["state_dict"])
-        except PQuantError:
-            raise
-        except RuntimeError as error:
-            raise CheckpointError(f"{self.dirpath} does not fit {type(self.model).__name__}: {error}") from error
-        log.info("Stage %d of %d is taken from %s", place + 1, len(self.pipeline.stages), self.dirpath)
-
-
-def _callbacks(stage: PipelineStage, place: int, left_out: Sequence[str] = ()) -> list[CompressionCallback]:
-    """One for each method; they are named by the stage, as a method may act in several."""
-    found = []
-    for method in stage.methods:
-        spared = replace(method, exclude=[*(method.exclude or []), *left_out]) if left_out else method
-        callback = CompressionCallback(spared, name=f"stage {place + 1}")
-        callback.writes_artifact, callback.optional = False, True
-        found.append(callback)
-    return found
-
 
 def _described(train: Any) -> str:
     """Types and shapes of the first batch; of a datamodule, its class."""
     if train is None or hasattr(train, "train_dataloader"):
         return type(train).__name__
     return describe_batch(next(iter(train), None))
+
+
+def _plain(step: Step | None) -> dict[str, Any] | None:
+    return None if step is None else {"config": step.method.config, "choices": step.choices}

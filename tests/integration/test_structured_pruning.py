@@ -312,6 +312,20 @@ def test_prune_then_quantize_after_training(tmp_path: Path) -> None:
     assert difference < 0.1 * out(model, images()).abs().max()
 
 
+@pytest.mark.parametrize("grouped", [None, 8], ids=["channels", "groups"])
+def test_prune_then_round_by_data(grouped: int | None) -> None:
+    """The codes that calibration has found go with the channels; in groups of inputs they are found anew."""
+    model, batches = built(WideConvNet), [images()]
+    ptq = {"bits": 4, "scheme": "weight_only", "group_size": grouped}
+    config = {"methods": ["structured_pruning", "ptq"], "structured_pruning": {"sparsity": 0.5, **FINE}, "ptq": ptq}
+    both = compress_model(model, {"compression": config}, train_loader=batches)
+    thin = compress_model(model, "structured_pruning", train_loader=batches, sparsity=0.5, **FINE)
+    assert {name: layer.codes.shape[0] for name, layer in both.named_modules() if hasattr(layer, "codes")}
+    assert both.head.in_features == thin.head.in_features < model.head.in_features
+    error = (out(both, batches[0]) - out(thin, batches[0])).norm() / out(thin, batches[0]).norm()
+    assert error < (0.2 if grouped is None else 0.4)
+
+
 def test_low_rank_factors_lose_channels(tmp_path: Path) -> None:
     callback: Any = StructuredPruningCallback(sparsity=0.5, **FINE)
     callbacks = [LowRankCallback(rank=4, min_saving=0.0), callback]

@@ -305,11 +305,18 @@ def _cut(model: nn.Module, gone: Mapping[tuple[str, int], Sequence[int]]) -> lis
             for names, own in zip((layer.output_tensors, layer.input_tensors), channels, strict=True):
                 places.update({f"{owner}.{other}": {0: own} for other in names if own and hasattr(layer, other)})
     old: dict[int, tuple[Tensor, Kept]] = {}  # a tied tensor once
+    kept_of: dict[str, Kept] = {}
     for tensor, dims in places.items():
         held = tensor_at(model, tensor)
-        old[id(held)] = held, tuple((d, _all_but(out, held.shape[d], held.device)) for d, out in dims.items())
+        kept_of[tensor] = tuple((d, _all_but(out, held.shape[d], held.device)) for d, out in dims.items())
+        old[id(held)] = held, kept_of[tensor]
     new = take(old)
     replace_tensors(model, new)
+    for tensor in places:
+        owner, _, attribute = tensor.rpartition(".")
+        layer = model.get_submodule(owner)
+        if attribute == "weight" and isinstance(layer, CompressedLayer):
+            layer.follow_resized(dict(kept_of[tensor]))
     for name, layer in compressed_layers(model).items():
         if layer.stage > Stage.UNFUSE and any(tensor.startswith(f"{name}.") for tensor in places):
             spec, now = layer.spec, resized_spec(layer.spec["layer"], weight_of(layer).shape)

@@ -4,6 +4,7 @@ Both quantization methods use these kinds. Post-training quantization runs them 
 remember what calibration has measured; quantization-aware training rounds. `finalized` gives the integer form.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -328,6 +329,26 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
         else:
             codes, scale, zero = nearest_codes(values, weight_grid(values, self.spec), self.spec["bits"])
         return Rounded(unblock(codes, self.weight.shape, self.axis).to(torch.int8), scale, zero)
+
+    def follow_resized(self, kept: Mapping[int, Tensor]) -> None:
+        """The rounded weight loses what the weight has lost; groups of inputs are no longer those it was rounded in."""
+        group = self.spec["group_size"]
+        if group is not None and set(kept) - {self.axis}:
+            per_channel = self.weight.numel() // self.weight.shape[self.axis]
+            rounding = "hqq" if self.rounded is not None else self.spec["rounding"]
+            divides = per_channel % group == 0
+            self.spec = {**self.spec, "rounding": rounding, "group_size": group if divides else None}
+            self.rounded = None
+        if self.rounded is None or self.weight.is_meta:
+            self.rounded = None
+            return
+        codes, scale, zero = self.rounded
+        for dim, indices in kept.items():
+            codes = codes.index_select(dim, indices.to(codes.device))
+        if self.axis in kept:
+            rows = kept[self.axis].to(scale.device)
+            scale, zero = scale[rows], None if zero is None else zero[rows]
+        self.rounded = Rounded(codes, scale, zero)
 
     @property
     def deployable(self) -> bool:
