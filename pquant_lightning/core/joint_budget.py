@@ -153,13 +153,13 @@ def _smallest(sharing: "_Sharing", max_drop: float, drop: Callable[[nn.Module], 
         return found
 
     low, high, best = sharing.least(), 1.0, None
-    start = sharing.best(math.sqrt(low), quick=True)
     for _ in range(_BISECTIONS):
-        share = start if best is None and high == 1.0 else sharing.best(math.sqrt(low * high), quick=True)
-        if lost(share) <= max_drop:
+        size = math.sqrt(low * high)
+        share = sharing.meet(size)
+        if share.kept <= size * (1 + 1e-9) and lost(share) <= max_drop:
             best, high = share, share.kept
         else:
-            low = max(share.kept, low)
+            low = size
         if high / low < 1.05:
             break
     if best is None:
@@ -217,8 +217,9 @@ class _Sharing:
                 saving = [offer for offer in own if self._saves(offer, dense)]
                 if not saving:
                     continue
-                layer = found.setdefault(name, _Layer(dense, self._macs_of(name, view)))
-                layer.offers[place] = self._by_outputs(method, name, saving, context)
+                if measured := self._by_outputs(method, name, saving, context):
+                    layer = found.setdefault(name, _Layer(dense, self._macs_of(name, view)))
+                    layer.offers[place] = measured
         return found
 
     def _saves(self, offer: Candidate, dense: int) -> bool:
@@ -256,14 +257,13 @@ class _Sharing:
 
     # -- sharing -------------------------------------------------------------------------------------------------------
 
-    def best(self, value: float, quick: bool = False) -> Share:
-        """Of all ways to keep to the budget, the one with the least error of the outputs; `quick` tries all together."""
-        teams, aims = (self._teams()[:1], _AIMS[:1]) if quick else (self._teams(), _AIMS)
+    def best(self, value: float) -> Share:
+        """Of all ways to keep to the budget, the one with the least error of the outputs."""
         tried = [
             self._meet(value * aim, places, extra)
             for extra in self._levels()
-            for places in teams
-            for aim in (aims if len(places) > 1 else _AIMS[:1])
+            for places in self._teams()
+            for aim in (_AIMS if len(places) > 1 else _AIMS[:1])
         ]
         found = [share for share in tried if share.kept <= value * (1 + 1e-9) and math.isfinite(share.loss)]
         if not found:
@@ -275,6 +275,11 @@ class _Sharing:
         best = min(found, key=lambda share: share.loss)
         log.info("budget %s=%g: %s", self.quantity, value, best)
         return best
+
+    def meet(self, value: float) -> Share:
+        """The least error of the outputs by all methods together; more is kept where the budget cannot be met."""
+        tried = [self._meet(value, self._teams()[0], extra) for extra in self._levels()]
+        return max(tried, key=lambda share: self._rank(share, value))
 
     def least(self) -> float:
         """The smallest share that can be kept."""
@@ -307,7 +312,7 @@ class _Sharing:
         for _ in range(_TRIES):
             share = self._measured(self._allocated(aim, places), extra)
             fits = share.kept <= value * (1 + 1e-9)
-            if best is None or (fits, -share.kept if not fits else -share.loss) > self._rank(best, value):
+            if best is None or self._rank(share, value) > self._rank(best, value):
                 best = share
             if (fits and share.kept >= _CLOSE * value) or value == 0:
                 break
