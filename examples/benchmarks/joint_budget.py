@@ -4,7 +4,7 @@
 
 digits: the MLP and the conv net of examples/digits.py, accuracy; text: a causal byte-level transformer (4 layers,
 d=128) trained on the docstrings of the standard library, in bits per byte of text that is kept aside. Nothing is
-fine-tuned after compression. What cannot be reached is "-". Figures are of the validation data, with --test of the test data.
+fine-tuned after compression. What cannot be reached is "-". Figures are of validation data, with --test of test data.
 """
 
 import argparse
