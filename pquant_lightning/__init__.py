@@ -17,6 +17,7 @@ from pquant_lightning.callbacks.lora import LoRACallback
 from pquant_lightning.callbacks.low_rank import FactorizationCallback, LowRankCallback
 from pquant_lightning.callbacks.pruning import PruningCallback, StructuredPruningCallback
 from pquant_lightning.callbacks.quantization import MixedPrecisionCallback, PTQCallback, QATCallback
+from pquant_lightning.callbacks.report import CompressionReportCallback
 from pquant_lightning.callbacks.tensor_networks import CPCallback, TensorTrainCallback, TuckerCallback
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compressed_layer import CompressedLayer
@@ -60,6 +61,7 @@ __all__ = [
     "CompressionPipeline",
     "CompressionPlan",
     "CompressionReport",
+    "CompressionReportCallback",
     "CompressionResult",
     "ConfigManager",
     "DistillationCallback",

@@ -296,7 +296,7 @@ PUBLIC = (
     "TensorNetworkCompression "
     "MixedPrecisionCallback MixedPrecisionCompression "
     "EvaluationPipeline EvaluationReport benchmark_models CompressionPipeline CompressionResult PipelineStage "
-    "DistillationCallback ModelAnalysis analyze_model"
+    "DistillationCallback CompressionReportCallback ModelAnalysis analyze_model"
 ).split()
 
 

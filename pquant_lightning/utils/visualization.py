@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.core.compressed_layer import weight_of
 from pquant_lightning.core.errors import OptionError, PQuantError
+from pquant_lightning.core.report import CompressionReport
 from pquant_lightning.utils.model_analysis import ModelAnalysis
 
 if TYPE_CHECKING:
@@ -232,6 +233,31 @@ def plot_size_against_quality(points: Sequence[SizePoint], quality: str = "accur
             color=_INK,
         )
     _label(axis, f"Size against {quality}", "size, kB (logarithmic)", quality)
+    _below(figure, axis)
+    return figure
+
+
+def plot_layer_sizes(report: CompressionReport, most: int = 20) -> "Figure":
+    """Stored bytes of the compressed layers, before and after, one pair of bars each, the largest on top.
+
+    Args:
+        report: of a compression.
+        most: layers that are shown.
+
+    Raises:
+        OptionError: no layer was compressed.
+    """
+    rows = sorted(report.layers, key=lambda layer: -layer.size_bytes[0])[:most]
+    if not rows:
+        raise OptionError("plot_layer_sizes takes a report with at least one compressed layer.")
+    figure, (axis,) = _figure(1.4 + 0.34 * len(rows))
+    for shift, which, colour, label in ((-0.2, 0, 5, "before"), (0.2, 1, 0, "after")):
+        sizes = [row.size_bytes[which] / 1e3 for row in rows]
+        axis.barh([i + shift for i in range(len(rows))], sizes, 0.38, color=_colour(colour), label=label)
+    axis.set_yticks(range(len(rows)), [_short(row.name) for row in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.xaxis.set_major_formatter("{x:,g}")
+    _label(axis, "Bytes by layer", "kB", "")
     _below(figure, axis)
     return figure
 
