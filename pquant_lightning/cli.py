@@ -10,16 +10,59 @@ from typing import Any, NoReturn
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from pquant_lightning._commands import COMMANDS, run_command
+from pquant_lightning.api import load_compressed
+from pquant_lightning.core.compressed_layer import install_hook
 from pquant_lightning.core.errors import PQuantError, known
+from pquant_lightning.core.serialization import read_checkpoint
+
+_LIGHTNING = ("fit", "validate", "test", "predict")
+
+OVERVIEW = """pquant: compress PyTorch Lightning models, while you fine-tune or afterwards.
+
+with a Trainer (LightningCLI; callbacks by short name):
+{trainer}
+with a model:
+{commands}
+`pquant COMMAND --help` explains each. Exit codes: 0 done, 1 it could not be done, 2 the command line is wrong."""
 
 
 class _CLI(LightningCLI):
-    """LightningCLI that answers a typo with the nearest name instead of its full usage."""
+    """LightningCLI that answers a typo with the nearest name, and that loads compressed files in every command."""
+
+    _held: Any = None  # a --ckpt_path whose hyperparameters Lightning cannot read
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        settings = self.config[self.config["subcommand"]]
+        path = settings.get("ckpt_path")
+        if path is not None and Path(path).is_file() and not _names_its_class(Path(path)):
+            self._held, settings["ckpt_path"] = path, None
+
+    def before_instantiate_classes(self) -> None:
+        if self._held is not None:
+            self.config[self.config["subcommand"]]["ckpt_path"] = self._held
+
+    def _prepare_model(self) -> None:
+        """A compressed checkpoint rebuilds its layers also where no callback of ours is in the list."""
+        install_hook(self.model)
+        settings = self.config_init[self.config_init["subcommand"]]
+        path = settings.get("ckpt_path")
+        if path is not None and str(path).endswith(".safetensors"):  # an artefact, which is no Lightning checkpoint
+            load_compressed(self.model, path)
+            settings["ckpt_path"] = None
+
+    before_validate = before_test = before_predict = _prepare_model
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = super().init_parser(**kwargs)
         parser.error = _exit_explained  # type: ignore[method-assign]
         return parser
+
+
+def _names_its_class(path: Path) -> bool:
+    """Whether a checkpoint was written by LightningCLI: its hyperparameters then say which class they are of."""
+    return path.suffix != ".safetensors" and "_class_path" in read_checkpoint(path).get("hyper_parameters", {})
 
 
 def _exit_explained(message: str, *_: Any, **__: Any) -> NoReturn:
@@ -60,11 +103,29 @@ def _subclasses(cls: type[Callback]) -> list[type[Callback]]:
     return [*direct, *(sub for child in direct for sub in _subclasses(child))]
 
 
+def overview() -> str:
+    """All commands, a line each."""
+    trainer = "\n".join(f"  {name}" for name in _LIGHTNING)
+    commands = "\n".join(f"  {name:10} {command.help}" for name, command in COMMANDS.items())
+    return OVERVIEW.format(trainer=trainer, commands=commands)
+
+
 def main(args: ArgsType = None) -> None:
-    """Runs `pquant fit|validate|test|predict --config file.yaml`; modules of the working directory are found."""
+    """Runs a command; modules of the working directory are found."""
     sys.path.insert(0, str(Path.cwd()))
+    given = sys.argv[1:] if args is None else args
+    first = given[0] if isinstance(given, list) and given else None
+    if isinstance(given, list) and first in (None, "-h", "--help"):
+        sys.stdout.write(overview() + "\n")
+        sys.exit(0 if first else 2)
+    if isinstance(first, str) and not first.startswith("-") and first not in (*_LIGHTNING, *COMMANDS):
+        sys.stderr.write(f"pquant: there is no command {first!r}. {known(first, (*_LIGHTNING, *COMMANDS))}\n")
+        sys.exit(2)
     try:
-        _CLI(args=args, save_config_kwargs={"overwrite": True})
+        if first in COMMANDS and isinstance(given, list):
+            run_command(first, given[1:])
+        else:
+            _CLI(args=args, save_config_kwargs={"overwrite": True})
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, PQuantError):

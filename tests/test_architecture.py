@@ -24,6 +24,8 @@ FLOORS = {  # first part of a module's name inside the package -> floor
     "": 7,
     "__main__": 7,
     "cli": 6,
+    "_commands": 6,
+    "_targets": 6,
     "api": 5,
     "config": 5,
     "pipelines": 4,
@@ -34,7 +36,7 @@ FLOORS = {  # first part of a module's name inside the package -> floor
     "core": 1,
     "utils": 1,
 }
-WITH_LIGHTNING = ("callbacks", "pipelines", "cli", "api")
+WITH_LIGHTNING = ("callbacks", "pipelines", "cli", "_commands", "_targets", "api")
 OPTIONAL = ("tensorflow jax onnx onnxruntime matplotlib sklearn peft transformers tensorly tltorch").split()
 
 

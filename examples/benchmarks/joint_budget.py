@@ -61,7 +61,7 @@ class ByteModel(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 256)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.bytes(ids) + self.places.weight[: ids.shape[1]]
+        x = self.bytes(ids) + self.places(torch.arange(ids.shape[1]))
         return self.head(self.norm(self.blocks(x)))
 
 

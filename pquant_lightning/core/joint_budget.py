@@ -29,7 +29,7 @@ BUDGETS = ("size", "macs", "latency", "max_drop")
 PROBE_SAMPLES = 64
 """Samples, spread over the batches, on which outputs are compared."""
 
-_PROBES = 4  # candidates of a layer and method that are measured
+_PROBES = 3  # candidates of a layer and method that are measured
 _LOSSLESS = 1e-9  # losses below are rounding errors
 _AIMS = (1.0, 0.75, 0.5)  # of the budget: less for the layers may be better, where their losses are not quite additive
 _TRIES = 6  # of a budget that is corrected by what came out
@@ -137,10 +137,20 @@ def share_budget(
     return _smallest(sharing, value, drop)
 
 
-def apply_share(model: nn.Module, share: Share, samples: Samples) -> None:
-    """Compresses a model in place as a budget has decided; in training form."""
+def apply_share(
+    model: nn.Module, share: Share, samples: Samples, notes: Mapping[int, dict[str, Any]] | None = None
+) -> None:
+    """Compresses a model in place as a budget has decided; in training form.
+
+    Args:
+        model: as it was when the budget was shared out.
+        share: what was decided.
+        samples: what moments are measured on.
+        notes: what was measured on this model before, by the id of the given method.
+    """
     for step in share.steps:
-        context = CompressionContext(step.method.name, samples=samples, choices=step.choices)
+        known = dict((notes or {}).get(id(step.given), {}))
+        context = CompressionContext(step.method.name, samples=samples, choices=step.choices, notes=known)
         step.method.compress_in_place(model, context=context)
 
 
@@ -196,6 +206,7 @@ class _Sharing:
         args, kwargs = bind_batch(model, self.few.batches[0])
         self.example: Any = kwargs or args
         self.macs = count_macs(model, self.example) or {}
+        self.notes: dict[int, dict[str, Any]] = {}
         self.layers = self._layers()
         if not self.layers and not any(method.levels() for method in methods):
             names = ", ".join(method.name for method in methods)
@@ -212,6 +223,7 @@ class _Sharing:
                 continue
             context = CompressionContext(method.name, samples=self.samples.on_one_process())
             offers = method.offers(self.model, context)
+            self.notes[id(method)] = context.notes
             for name, own in self.track(list(offers.items()), f"{method.name}: measuring"):
                 dense = stored_bytes(view.get_submodule(name))
                 saving = [offer for offer in own if self._saves(offer, dense)]
@@ -247,7 +259,9 @@ class _Sharing:
     def _factor(self, method: LayerMethod, name: str, offer: Candidate, context: CompressionContext) -> float | None:
         """The error of the outputs with one candidate in the model / its loss."""
         twin = deepcopy(self.model)
-        chosen = replace(context, choices={name: offer.options}, notes={}, errors={}, state={})
+        chosen = replace(
+            context, samples=self.few, choices={name: offer.options}, notes={**context.notes}, errors={}, state={}
+        )
         try:
             method.compress_in_place(twin, context=chosen)
         except NothingToCompressError:
@@ -259,12 +273,13 @@ class _Sharing:
 
     def best(self, value: float) -> Share:
         """Of all ways to keep to the budget, the one with the least error of the outputs."""
+        plain, *pruned = self._levels()
         tried = [
-            self._meet(value * aim, places, extra)
-            for extra in self._levels()
+            self._meet(value * aim, places, plain)
             for places in self._teams()
             for aim in (_AIMS if len(places) > 1 else _AIMS[:1])
         ]
+        tried += [self._meet(value, self._teams()[0], extra) for extra in pruned]
         found = [share for share in tried if share.kept <= value * (1 + 1e-9) and math.isfinite(share.loss)]
         if not found:
             least = min((share.kept for share in tried if math.isfinite(share.loss)), default=1.0)
@@ -379,7 +394,7 @@ class _Sharing:
 
     def _applied(self, steps: Iterable[Step]) -> tuple[nn.Module, nn.Module]:
         model = deepcopy(self.model)
-        apply_share(model, Share(tuple(steps), 1.0, 0.0), self.samples)
+        apply_share(model, Share(tuple(steps), 1.0, 0.0), self.samples, self.notes)
         final = share_copy(model)
         deploy(final)
         return model, final.eval()

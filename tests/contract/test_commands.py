@@ -1,0 +1,228 @@
+"""The commands beside fit: what they print, in tables and as JSON, and what they say to a newcomer's mistakes."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from pquant_lightning import QATCallback, load_compressed, save_compressed
+from pquant_lightning._commands import COMMANDS
+from pquant_lightning.cli import main
+from pquant_lightning.core.compressed_layer import compressed_layers
+from tests.models import MLP, built, fit, quiet_trainer
+
+MODEL = ["--model", "tests.models.MLP"]
+DATA = ["--data", "tests.models.SmallData"]
+LOW_RANK = ["--method", "low_rank", "--option", "rank=4", "--option", "min_saving=0.0"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(?s).*JSONARGPARSE_DEPRECATION_WARNINGS"),
+    pytest.mark.filterwarnings("ignore:(?s).*deprecated in v4.49.0"),
+    pytest.mark.filterwarnings("ignore:No seed found"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["pquant"])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path.cwd())])
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    """Weights of the model, as Lightning writes them."""
+    torch.save({"state_dict": built(MLP).state_dict()}, tmp_path / "dense.pt")
+    return tmp_path / "dense.pt"
+
+
+@pytest.fixture
+def small(dense: Path, tmp_path: Path, capsys: Any) -> Path:
+    path = tmp_path / "small.safetensors"
+    main(["compress", *MODEL, "--ckpt_path", str(dense), *LOW_RANK, "--output", str(path)])
+    capsys.readouterr()
+    return path
+
+
+def as_json(capsys: Any, *arguments: str) -> Any:
+    main([*arguments, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_plan_says_what_would_happen_and_changes_nothing(dense: Path, capsys: Any) -> None:
+    main(["plan", *MODEL, "--ckpt_path", str(dense), *LOW_RANK, "--option", "exclude=[head]"])
+    shown = capsys.readouterr().out
+    assert "fc1: kind=low_rank_linear, rank=4" in shown
+    assert "head: left alone, excluded by 'head'" in shown
+    assert "Errors are those of the weights" in shown
+    data = as_json(capsys, "plan", *MODEL, "--ckpt_path", str(dense), *LOW_RANK)
+    layers = {layer["name"]: layer for layer in data["report"]["layers"]}
+    weight = built(MLP).fc1.weight.detach()
+    values = torch.linalg.svdvals(weight)
+    expected = float((values[4:].square().sum() / values.square().sum()).sqrt())
+    assert layers["fc1"]["error"] == pytest.approx(expected, rel=1e-3)
+    assert layers["fc1"]["params"] == [16 * 32 + 32, 4 * (16 + 32) + 32]
+
+
+def test_a_plan_is_written_edited_and_applied(dense: Path, tmp_path: Path, capsys: Any) -> None:
+    plan = tmp_path / "plan.json"
+    main(["plan", *MODEL, "--ckpt_path", str(dense), *LOW_RANK, "--output", str(plan)])
+    data = json.loads(plan.read_text())
+    layers = data["plans"][0]["plan"]["layers"]
+    next(layer for layer in layers if layer["name"] == "fc1")["spec"]["rank"] = 2
+    data["plans"][0]["plan"]["layers"] = [layer for layer in layers if layer["name"] != "head"]
+    plan.write_text(json.dumps(data))
+    main(["compress", *MODEL, "--ckpt_path", str(dense), "--plan", str(plan), "--output", "small.safetensors"])
+    assert "load_compressed(MLP, 'small.safetensors')" in capsys.readouterr().out
+    model = load_compressed(MLP, "small.safetensors")
+    assert {name: layer.spec["rank"] for name, layer in compressed_layers(model).items()} == {"fc1": 2, "fc2": 4}
+
+
+def test_several_methods_of_a_fits_yaml(dense: Path, tmp_path: Path, capsys: Any) -> None:
+    config = {
+        "model": {"class_path": "tests.models.MLP"},
+        "data": {"class_path": "tests.models.SmallData"},
+        "trainer": {
+            "callbacks": [
+                {"class_path": "pquant_lightning.LowRankCallback", "init_args": {"rank": 4, "min_saving": 0.0}},
+                {"class_path": "PTQCallback"},
+                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"},
+            ]
+        },
+    }
+    Path("fit.yaml").write_text(yaml.safe_dump(config))
+    data = as_json(capsys, "plan", "--config", "fit.yaml", "--ckpt_path", str(dense))
+    assert [entry["method"] for entry in data["plans"]] == ["low_rank", "ptq"]
+    assert "fc1.first" in [layer["name"] for layer in data["plans"][1]["plan"]["layers"]]
+    Path("plan.json").write_text(json.dumps(data))
+    main(["compress", "--config", "fit.yaml", "--ckpt_path", str(dense), "--plan", "plan.json"])
+    kinds = {layer.kind for layer in compressed_layers(load_compressed(MLP, "compressed.safetensors")).values()}
+    assert kinds == {"low_rank_linear", "int_linear"}
+
+
+def test_compress_by_a_configuration_with_training(dense: Path, tmp_path: Path, capsys: Any) -> None:
+    config = {
+        "compression": {"methods": ["low_rank", "ptq"], "low_rank": {"rank": 4}},
+        "training": {"epochs": 1},
+        "evaluation": {"metrics": ["params"]},
+    }
+    Path("c.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["compress", "--config", "c.yaml", *MODEL, *DATA, "--ckpt_path", str(dense), "--dirpath", "run"]
+    found = as_json(capsys, *arguments)
+    assert found["size_bytes"] == Path(found["path"]).stat().st_size
+    assert found["report"]["size_ratio"] < 0.6
+    assert json.loads(Path("run/pipeline.json").read_text())["finished"][0]["name"] == "low_rank+ptq"
+    trained = load_compressed(MLP, "compressed.safetensors")
+    assert not torch.equal(trained.fc1.second.bias, built(MLP).fc1.bias)
+
+
+def test_compress_by_one_budget(dense: Path, capsys: Any) -> None:
+    options = ["--method", "ptq", "--option", "scheme=weight_only", "--option", "min_saving=0.0"]
+    found = as_json(capsys, "compress", *MODEL, *DATA, "--ckpt_path", str(dense), *options, "--budget", "size=0.4")
+    assert found["report"]["size_ratio"] <= 0.4
+
+
+def test_evaluate_benchmark_and_report(dense: Path, small: Path, capsys: Any) -> None:
+    both = [*MODEL, *DATA, "--ckpt_path", str(dense), "--compressed", str(small)]
+    data = as_json(capsys, "evaluate", *both, "--metric", "params", "--metric", "val_loss", "--metric", "output_error")
+    assert data["metrics"]["params"]["before"] == sum(p.numel() for p in built(MLP).parameters())
+    assert data["metrics"]["params"]["after"] < data["metrics"]["params"]["before"]
+    assert 0.01 < data["metrics"]["output_error"]["after"] < 2
+    assert data["metrics"]["val_loss"]["before"] > 0
+    timed = as_json(capsys, "benchmark", *both)
+    assert set(timed["models"]) == {"original", "compressed"}
+    found = as_json(capsys, "report", *both, "--metric", "val_loss", "--output", "page")
+    assert "val_loss" in found["summary"]
+    assert "low rank 4" in Path("page/compression_report.html").read_text()
+    again = as_json(capsys, "report", "--run", "page", "--output", "again")
+    assert again["summary"] == found["summary"]
+
+
+def test_analyze(dense: Path, capsys: Any) -> None:
+    data = as_json(capsys, "analyze", *MODEL, *DATA, "--ckpt_path", str(dense), "--sensitivity")
+    layers = {layer["name"]: layer for layer in data["layers"]}
+    assert layers["fc1"]["params"] == 16 * 32 + 32
+    assert "low_rank" in layers["fc1"]["candidates"]
+    main(["analyze", *MODEL, "--model_arg", "width=48", "--no_spectra"])
+    assert "fc1" in capsys.readouterr().out
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+def failing(capsys: Any, *arguments: str) -> tuple[Any, str]:
+    """Exit code (1 where the exit carries a message) and what was said."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    code = stopped.value.code
+    return (1, code) if isinstance(code, str) else (code, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["compres"], 2, "there is no command 'compres'. Did you mean 'compress'"),
+        (["plan", "--modle", "x"], 2, "unrecognized arguments: --modle"),
+        (["evaluate", *MODEL], 2, "--compressed"),
+        (["plan"], 1, "No model was named"),
+        (["plan", *MODEL], 1, "Nothing says how to compress"),
+        (["plan", "--model", "tests.models.MPL"], 1, "no class 'MPL'. Did you mean 'MLP'"),
+        (["plan", "--model", "nowhere.Net"], 1, "'nowhere.Net' cannot be imported"),
+        (["plan", *MODEL, "--model_arg", "widht=3"], 1, "no argument 'widht'. Did you mean 'width'"),
+        (["plan", *MODEL, "--model_arg", "width"], 1, "key=value"),
+        (["plan", *MODEL, "--method", "low_rnk"], 1, "Did you mean 'low_rank'"),
+        (["plan", *MODEL, "--method", "low_rank", "--option", "rnk=3"], 1, "no option 'rnk'. Did you mean 'rank'"),
+        (["plan", *MODEL, "--option", "rank=3"], 1, "goes with --method"),
+        (["plan", *MODEL, "--method", "low_rank"], 1, "changes no layer of MLP"),
+        (["plan", *MODEL, "--config", "none.yaml"], 1, "cannot be read"),
+        (["plan", *MODEL, "--ckpt_path", "none.ckpt", *LOW_RANK], 1, "none.ckpt"),
+        (["compress", *MODEL, "--plan", "none.json"], 1, "none.json"),
+        (["compress", *MODEL, *DATA, *LOW_RANK, "--budget", "sise=0.1"], 1, "Did you mean 'size'"),
+        (["compress", *MODEL, *DATA, *LOW_RANK, "--budget", "size"], 1, "size=0.1"),
+        (["compress", *MODEL, *LOW_RANK, "--budget", "size=0.5"], 1, "give run a train_loader"),
+        (["report"], 1, "--run DIR, or --compressed FILE"),
+    ],
+)
+def test_mistakes_are_explained(arguments: list[str], code: int, message: str, capsys: Any) -> None:
+    found, said = failing(capsys, *arguments)
+    assert message in said
+    assert found == code
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself(command: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert f"pquant {command}" in shown
+    assert "example:" in shown
+    assert "--json" in shown
+
+
+def test_the_overview_names_all_commands(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*COMMANDS, "fit", "validate", "test", "predict"))
+
+
+# -- compressed files in LightningCLI's own commands -----------------------------------------------------------------
+
+
+def test_compressed_files_are_tested_without_callbacks(tmp_path: Path) -> None:
+    callback = QATCallback(bits=8)
+    trainer = quiet_trainer(tmp_path, [callback], max_epochs=1)
+    model = fit(trainer, built(MLP))
+    trainer.save_checkpoint(tmp_path / "qat.ckpt")
+    save_compressed(model, tmp_path / "int8.safetensors")
+    for name in ("qat.ckpt", "int8.safetensors"):
+        for command in ("test", "validate"):
+            quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+            main([command, *MODEL, *DATA, "--ckpt_path", str(tmp_path / name), *quiet])
