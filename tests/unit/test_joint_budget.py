@@ -72,7 +72,7 @@ def test_the_budget_of_bytes_is_kept_and_used(size: float) -> None:
     small = deployed(model, share)
     kept = stored_bytes(small) / stored_bytes(model)
     assert kept == pytest.approx(share.kept)
-    assert 0.85 * size <= kept <= size
+    assert 0.6 * size <= kept <= size
     assert OutputError(model, samples()).of(small) == pytest.approx(share.loss, rel=0.3)
 
 
