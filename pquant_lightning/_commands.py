@@ -5,11 +5,11 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from torch import nn
@@ -17,12 +17,15 @@ from torch import nn
 from pquant_lightning._targets import Target, add_target, read_json, read_target
 from pquant_lightning.api import compression_report, load_compressed, save_compressed
 from pquant_lightning.core.calibration import Samples, bind_batch
-from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod
+from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, LayerMethod
 from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.errors import OptionError
+from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import CompressionPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import make_report
+from pquant_lightning.core.splitting import split_view
+from pquant_lightning.core.surgery import get_layer
 from pquant_lightning.pipelines.compression_pipeline import CompressionPipeline, PipelineStage
 from pquant_lightning.pipelines.evaluation_pipeline import METRICS, EvaluationPipeline
 from pquant_lightning.utils.benchmarking import benchmark_models
@@ -97,23 +100,47 @@ def _plan(options: argparse.Namespace) -> tuple[str, Any]:
     entries, texts = [], []
     skipped: list[Skip] = []
     errors: dict[str, float] = {}
-    for method in _need_methods(target):
-        samples = method.samples_of(target.data)
-        context = CompressionContext(by=method.name, track=_track, samples=samples)
+    original: nn.Module | None = None
+    methods = _need_methods(target)
+    for method in methods:
+        context = CompressionContext(by=method.name, track=_track, samples=method.samples_of(target.data))
         plan = method.checked_plan(model, context)
         entries.append({"method": method.name, "config": method.config, "plan": json.loads(plan.to_json())})
         texts.append(str(plan))
         skipped += plan.skipped
-        with torch.no_grad():
-            method.apply(model, plan, context)
+        outline = _outline(model, method, plan, context) if method is methods[-1] else None
+        if outline is not None:
+            model = outline
+        else:
+            in_place = not isinstance(method, LayerMethod)
+            original = deepcopy(model) if in_place and method is methods[-1] else None
+            method.carry_out(model, plan, context)
         errors.update(context.errors)
-    report = make_report(model, example_inputs=target.example_inputs, errors=errors, skipped=skipped)
+    report = make_report(model, original=original, example_inputs=target.example_inputs, errors=errors, skipped=skipped)
     data = {"version": _PLAN_VERSION, "plans": entries, "report": report.to_dict()}
     if options.output is not None:
         Path(options.output).write_text(json.dumps({k: data[k] for k in ("version", "plans")}, indent=2), "utf-8")
         texts.append(f"Written to {options.output}; apply it with: pquant compress --plan {options.output} ...")
-    note = "Errors are those of the weights, ||W - W'|| / ||W||, as the plan would make them; nothing was changed."
+    note = "Errors are those of the weights, ||W - W'|| / ||W||, some of them estimated; nothing was changed."
     return "\n\n".join([*texts, str(report), note]), data
+
+
+def _outline(
+    model: nn.Module, method: CompressionMethod, plan: CompressionPlan, context: CompressionContext
+) -> nn.Module | None:
+    """The planned structure on "meta", its errors in the context, where the method knows them without applying it."""
+    if not isinstance(method, LayerMethod):
+        return None
+    whole = split_view(model)
+    for entry in context.track(plan.layers, f"{method.name}: errors"):
+        layer = as_torch(get_layer(whole, entry.name))
+        error = None if layer is None else method.expected_error(layer, entry, context)
+        if error is None:
+            return None
+        context.errors[entry.name] = error
+    outline = share_copy(model, "meta")
+    method.apply_structure(outline, plan)
+    return outline
 
 
 def _compress_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,17 +206,12 @@ def _apply_plans(target: Target, path: str) -> nn.Module:
     data = read_json(path)
     if not isinstance(data, dict) or data.get("version") != _PLAN_VERSION or "plans" not in data:
         raise OptionError(f"{path} is no plan of this release; write one with pquant plan --output.")
-    model, trains = target.model, False
+    model = target.model
     for entry in data["plans"]:
         method = CompressionMethodRegistry.get(entry["method"], entry["config"])
         plan = CompressionPlan.from_json(json.dumps(entry["plan"]))
         context = CompressionContext(by=plan.by, track=_track, samples=method.samples_of(target.data))
-        method.apply(model, plan, context)
-        method.calibrate(model, context)
-        method.attach(model, context.state)
-        trains = trains or method.trains
-        if not method.trains:
-            method.step(model, context.state, 1.0)
+        method.carry_out(model, plan, context)
     return model
 
 

@@ -242,9 +242,13 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
     def compress_in_place(
         self, model: nn.Module, samples: Samples | None = None, context: CompressionContext | None = None
     ) -> None:
-        """Plans, applies and calibrates; a method that does not train then reaches its target at once."""
+        """Plans, and carries the plan out."""
         context = context or CompressionContext(by=self.name, samples=samples)
-        self.apply(model, self.checked_plan(model, context), context)
+        self.carry_out(model, self.checked_plan(model, context), context)
+
+    def carry_out(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext) -> None:
+        """Applies a plan and calibrates; a method that does not train then reaches its target at once."""
+        self.apply(model, plan, context)
         self.calibrate(model, context)
         self.attach(model, context.state)
         if not self.trains:
@@ -379,6 +383,19 @@ class LayerMethod(CompressionMethod):
         noted = tuple(dataclasses.replace(skip, by=context.by) for skip in skipped)
         splits = planned_splits(view, layers, context.by)
         return CompressionPlan(self.name, context.by, tuple(layers), noted, splits)
+
+    def expected_error(self, layer: nn.Module, plan: LayerPlan, context: CompressionContext) -> float | None:
+        """The relative weight error of a planned layer, about, where it is found without making the layer; else None.
+
+        A method that knows it has layers whose bytes depend on the plan alone: a dry run does not apply it.
+        """
+        return None
+
+    def apply_structure(self, model: nn.Module, plan: CompressionPlan) -> None:
+        """Gives a model on "meta" the planned structure: what `apply` does, without values."""
+        split_as_planned(model, plan.splits)
+        for entry in plan.layers:
+            replace_layer(model, entry.name, CompressedLayer.build(entry.spec, get_layer(model, entry.name)))
 
     def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
         context = context or CompressionContext(by=plan.by)

@@ -33,6 +33,10 @@ class TyingMethod(LayerMethod):
         super().apply(model, plan, context)
         tie_factors(model, plan)
 
+    def apply_structure(self, model: nn.Module, plan: CompressionPlan) -> None:
+        super().apply_structure(model, plan)
+        tie_factors(model, plan)
+
 
 @torch.no_grad()
 def tie_factors(model: nn.Module, plan: CompressionPlan) -> None:

@@ -34,6 +34,7 @@ from pquant_lightning.methods.low_rank._retraction import retract_factors, with_
 from pquant_lightning.methods.low_rank._sequential import Apply, apply_in_order
 from pquant_lightning.methods.low_rank._shared_budget import BUDGETS, allowed_offers, probe_of, share_budget
 from pquant_lightning.methods.low_rank._ties import TyingMethod, tie_factors
+from pquant_lightning.methods.low_rank._truncated_svd import truncation_error_bound
 
 __all__ = ["LowRankCompression", "TruncatedSVDLinear", "factorize", "weight_matrix"]
 
@@ -235,6 +236,12 @@ class LowRankCompression(DataAwareMethod, TyingMethod):
         # the nearest weight is a projection of W, so ||W - W'||^2 = ||W||^2 - ||S||^2, if that leaves enough digits
         if moments is None and found.loss > 1e-3:
             context.errors[plan.name] = found.loss**0.5
+
+    def expected_error(self, layer: nn.Module, plan: LayerPlan, context: CompressionContext) -> float:
+        """What the choice of the rank has found, else at most so much, by one random projection."""
+        if plan.scratch is not None:
+            return float(plan.scratch.loss**0.5)
+        return truncation_error_bound(weight_matrix(layer, find_low_rank_kind(plan.spec["kind"])), plan.spec["rank"])
 
     @property
     def keeps_shapes(self) -> bool:

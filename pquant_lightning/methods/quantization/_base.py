@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from pquant_lightning.core.affine import blocks, mse_scale
@@ -37,6 +38,7 @@ from pquant_lightning.methods.quantization._observers import Observer, choose_ra
 log = logging.getLogger(__name__)
 
 ALL_BITS = (2, 3, 4, 6, 8, 16)  # that a budget chooses from
+_CHANNELS = 64  # on which an error is estimated
 _PER_LAYER = ("bits", "weight_bits", "act_bits")
 
 
@@ -198,6 +200,10 @@ class QuantizationMethod(LayerMethod):
         least = self.first_last_bits if is_end and self.first_last_bits else 0
         return [bits for bits in ALL_BITS if bits >= least]
 
+    def expected_error(self, layer: nn.Module, plan: LayerPlan, context: CompressionContext) -> float:
+        """That of rounding to nearest, on a few output channels."""
+        return _error(layer, plan.spec, _CHANNELS)
+
     # -- applying ----------------------------------------------------------------------------------------------------
 
     def fill(self, new: QuantLayer, old: nn.Module, plan: LayerPlan, context: CompressionContext) -> None:
@@ -250,11 +256,14 @@ def sensitivity_entries(name: str, layer: nn.Module, notes: dict[str, Any]) -> d
     return {"sensitivity": rounded, "measured_on": checksum, "settled": notes.get("settled", True)}
 
 
-def _error(layer: nn.Module, spec: dict[str, Any]) -> float:
-    """Relative error of the rounded weight."""
+def _error(layer: nn.Module, spec: dict[str, Any], channels: int | None = None) -> float:
+    """Relative error of the rounded weight; of so many of its output channels, evenly spread."""
     if spec["bits"] == FLOAT:
         return 0.0
-    values = blocks(weight_of(layer).detach(), TRAINING_KINDS[type(layer)].axis, spec["group_size"])
+    weight, axis = weight_of(layer).detach(), TRAINING_KINDS[type(layer)].axis
+    if channels is not None and weight.shape[axis] > channels:
+        weight = weight.index_select(axis, torch.linspace(0, weight.shape[axis] - 1, channels).long())
+    values = blocks(weight, axis, spec["group_size"])
     if spec["range"] == "hqq":
         spec = {**spec, "range": "mse"}  # nearly the same, and cheaper
     codes, scale, zero = nearest_codes(values, weight_grid(values, spec), spec["bits"])
