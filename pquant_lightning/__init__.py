@@ -11,6 +11,10 @@ from pquant_lightning.api import (
     prepare,
     save_compressed,
 )
+from pquant_lightning.backends.base import BackendUnavailable, get_backend
+from pquant_lightning.backends.jax import to_jax, to_nnx
+from pquant_lightning.backends.lowering.table import register_lowering
+from pquant_lightning.backends.tensorflow import to_keras
 from pquant_lightning.callbacks.base import CompressionCallback
 from pquant_lightning.callbacks.distillation import DistillationCallback
 from pquant_lightning.callbacks.lora import LoRACallback
@@ -28,6 +32,9 @@ from pquant_lightning.core.optimizer import add_proximal_step
 from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport
+from pquant_lightning.exporters.base import ExportResult
+from pquant_lightning.exporters.export import export_model
+from pquant_lightning.exporters.jax import load_jax
 from pquant_lightning.exporters.peft import load_adapter, save_adapter
 from pquant_lightning.methods.low_rank.factorization import FactorizationCompression
 from pquant_lightning.methods.low_rank.lora import LoRACompression, merge_lora, unmerge_lora
@@ -51,6 +58,7 @@ from pquant_lightning.utils.model_analysis import ModelAnalysis, analyze_model
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendUnavailable",
     "CPCallback",
     "CPCompression",
     "CompressedLayer",
@@ -67,6 +75,7 @@ __all__ = [
     "DistillationCallback",
     "EvaluationPipeline",
     "EvaluationReport",
+    "ExportResult",
     "FactorizationCallback",
     "FactorizationCompression",
     "LayerAdapter",
@@ -100,14 +109,21 @@ __all__ = [
     "benchmark_models",
     "compress_model",
     "compression_report",
+    "export_model",
     "finalize",
+    "get_backend",
     "load_adapter",
     "load_compressed",
+    "load_jax",
     "merge_lora",
     "prepare",
     "register_adapter",
+    "register_lowering",
     "save_adapter",
     "save_compressed",
+    "to_jax",
+    "to_keras",
+    "to_nnx",
     "unmerge_lora",
 ]
 

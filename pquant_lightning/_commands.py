@@ -6,10 +6,11 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.progress import track
 from torch import nn
@@ -26,6 +27,7 @@ from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import make_report
 from pquant_lightning.core.splitting import split_view
 from pquant_lightning.core.surgery import get_layer
+from pquant_lightning.exporters.export import EXPORTERS, export_model
 from pquant_lightning.pipelines.compression_pipeline import CompressionPipeline, PipelineStage
 from pquant_lightning.pipelines.evaluation_pipeline import METRICS, EvaluationPipeline
 from pquant_lightning.utils.benchmarking import benchmark_models
@@ -299,6 +301,29 @@ def _page(target: Target, options: argparse.Namespace) -> ReportPage:
     return ReportPage(name, report, metrics, commands={"Load it": load})
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    add_target(parser)
+    parser.add_argument("--compressed", metavar="FILE", help="the compressed model; without it that of --ckpt_path")
+    parser.add_argument("--format", choices=list(EXPORTERS), default="onnx", help="default: %(default)s")
+    parser.add_argument("--output", required=True, metavar="PATH", help="a file; a directory for some formats")
+    parser.add_argument("--dynamic_axes", metavar="YAML", help="e.g. '{input_ids: {0: batch, 1: tokens}}'")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--no_verify", action="store_true", help="do not open the file again and compare")
+
+
+def _export(options: argparse.Namespace) -> tuple[str, Any]:
+    target = read_target(options)
+    example = _example(target)
+    if example is None:
+        raise OptionError("A trace needs inputs: give --data, or set example_input_array in the module.")
+    compressed = options.compressed
+    model = target.model if compressed is None else load_compressed(target.fresh_model(), compressed)
+    axes = None if options.dynamic_axes is None else yaml.safe_load(options.dynamic_axes)
+    how = {"dynamic_axes": axes, "verify": not options.no_verify, "overwrite": options.overwrite}
+    result = export_model(model, example, options.output, options.format, **how)
+    return str(result), {**asdict(result), "path": str(result.path)}
+
+
 COMMANDS: dict[str, Command] = {
     "plan": Command(
         "Dry run: what would happen to each layer, how large it would be, what it would lose, and what is left alone.",
@@ -336,5 +361,12 @@ COMMANDS: dict[str, Command] = {
         _report_arguments,
         _report,
         "pquant report --run lightning_logs/version_0 --output page",
+    ),
+    "export": Command(
+        "Write a model for another runtime: ONNX, TensorFlow, LiteRT, JAX, torch.export, safetensors, PEFT.",
+        _export_arguments,
+        _export,
+        "pquant export --model my_package.MyModule --compressed compressed.safetensors --data my_package.Data "
+        "--format onnx --output model.onnx",
     ),
 }

@@ -42,6 +42,9 @@ LAST_STEP_SAVED = "_last_global_step_saved"
 # torch 2.13: the base of modes that see every operation that torch executes, as FlopCounterMode's
 DispatchMode: Any = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
 
+# torch 2.13, torch/utils/_pytree.py: tensors inside of containers, transformers' dataclasses among them
+pytree: Any = importlib.import_module("torch.utils._pytree")
+
 
 def shallow_copy(module: Any) -> Any:
     """A module of the same class with attributes and hook tables of its own, and no load hook bound to the original."""

@@ -5,14 +5,16 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from pquant_lightning.backends.lowering.trace import Traced
 from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers, install_hook, weight_of
 from pquant_lightning.core.compression_method import matches
 from pquant_lightning.core.errors import CheckpointError, ModelError, known
@@ -22,6 +24,8 @@ from pquant_lightning.core.plan import LayerPlan
 from pquant_lightning.core.serialization import atomic_file
 from pquant_lightning.core.splitting import planned_splits, split_as_planned, split_view
 from pquant_lightning.core.surgery import replace_layer
+from pquant_lightning.exporters.base import Exporter, Run, run_in_torch
+from pquant_lightning.exporters.safetensors import safetensors_types
 from pquant_lightning.methods.low_rank._lora_layers import LORA_KINDS, LoRAConv, LoRAEmbedding, LoRALayer
 from pquant_lightning.methods.low_rank.lora import FROM_FILE, adapters, train_adapters
 
@@ -392,3 +396,25 @@ def _places(
             )
         targets.append((found, tensor))
     return targets
+
+
+class PeftExporter(Exporter):
+    """A directory with the adapters of a model, for `PeftModel.from_pretrained` and `load_adapter`."""
+
+    is_directory = True
+    finalizes = False  # that would merge the adapters
+    bits: ClassVar[dict[int, str]] = dict.fromkeys(range(2, 9), "as the base has them")
+
+    def write(self, traced: Traced, path: Path) -> None:
+        save_adapter(traced.model, path)
+
+    def open(self, path: Path, traced: Traced) -> Run:
+        """The model with its adapters thrown away and read again."""
+        model = deepcopy(traced.model)
+        for name, layer in adapters(model).items():
+            replace_layer(model, name, layer.base)
+        load_adapter(model, path).eval()
+        return run_in_torch(model, traced)
+
+    def weight_types(self, path: Path) -> dict[str, tuple[str, int]]:
+        return safetensors_types(path / WEIGHTS)

@@ -76,7 +76,7 @@ def test_plan_says_what_would_happen_and_changes_nothing(dense: Path, capsys: An
         ["tensor_train"],
         ["unstructured_pruning", "sparsity=0.8"],
         ["ptq", "scheme=dynamic"],
-        ["ptq", "weight_bits=4", "scheme=weight_only", "group_size=8", "rounding=hqq"],
+        ["ptq", "weight_bits=4", "scheme=weight_only", "group_size=8", "rounding=nearest"],
     ],
     ids=" ".join,
 )
@@ -89,7 +89,7 @@ def test_a_dry_run_tells_what_compressing_gives(method: list[str], dense: Path, 
     assert planned["layers"]
     assert planned["size_bytes"] == made["size_bytes"]
     for before, after in zip(planned["layers"], made["layers"], strict=True):
-        assert before["error"] == pytest.approx(after["error"], rel=0.15, abs=1e-6)
+        assert before["error"] == pytest.approx(after["error"], rel=0.05, abs=1e-6)
         assert (before["params"], before["size_bytes"]) == (after["params"], after["size_bytes"])
 
 

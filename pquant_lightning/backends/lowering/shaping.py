@@ -558,7 +558,7 @@ def argsort(ns: Namespace, x: Array, dim: int = -1, descending: bool = False) ->
 # -- constants ---------------------------------------------------------------------------------------------------------
 
 
-def _dtype(given: torch.dtype | None, *values: Any) -> torch.dtype:
+def _dtype_for(given: torch.dtype | None, *values: Any) -> torch.dtype:
     if given is not None:
         return given
     return torch.get_default_dtype() if any(isinstance(value, float) for value in values) else torch.int64
@@ -566,19 +566,19 @@ def _dtype(given: torch.dtype | None, *values: Any) -> torch.dtype:
 
 @lowers("aten.arange.default")
 def arange(ns: Namespace, stop: Size, dtype: torch.dtype | None = None) -> Array:
-    return ns.arange(0, stop, 1, _dtype(dtype, stop))
+    return ns.arange(0, stop, 1, _dtype_for(dtype, stop))
 
 
 @lowers("aten.arange.start", "aten.arange.start_step")
 def arange_from(ns: Namespace, start: Size, stop: Size, step: Size = 1, dtype: torch.dtype | None = None) -> Array:
-    return ns.arange(start, stop, step, _dtype(dtype, start, stop, step))
+    return ns.arange(start, stop, step, _dtype_for(dtype, start, stop, step))
 
 
 @lowers("aten.full.default")
 def full(ns: Namespace, sizes: Sequence[Size], value: Any, dtype: torch.dtype | None = None) -> Array:
     if dtype is None and isinstance(value, bool):
         dtype = torch.bool
-    return ns.full(sizes, value, _dtype(dtype, value))
+    return ns.full(sizes, value, _dtype_for(dtype, value))
 
 
 @lowers("aten.scalar_tensor.default")

@@ -4,7 +4,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.export.graph_signature import OutputKind
-from torch.utils import _pytree as pytree
 
+from pquant_lightning.core._private import pytree
 from pquant_lightning.core.compressed_layer import CompressedLayer
 from pquant_lightning.core.deploy import deploy, iter_deployed
 from pquant_lightning.core.errors import ModelError, known
@@ -34,6 +34,7 @@ class Traced:
 
     Attributes:
         model: the finalized copy, in eval mode, on the CPU.
+        traced: what is traced in its place: itself, or its twin for one format.
         args: positional example inputs, with two or more along open sizes.
         kwargs: keyword example inputs.
         inputs: names of the tensors that go in, in the graph's order.
@@ -42,6 +43,7 @@ class Traced:
     """
 
     model: nn.Module
+    traced: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     inputs: tuple[str, ...]
@@ -55,7 +57,7 @@ class Traced:
 
     @cached_property
     def _exported(self) -> tuple[ExportedProgram, dict[str, int]]:
-        found = _export(self.model, self.args, self.kwargs, self.axes, list(self.inputs))
+        found = _export(self.traced, self.args, self.kwargs, self.axes, list(self.inputs))
         outputs = found[0].graph_signature.output_specs
         written = [spec.target for spec in outputs if spec.kind == OutputKind.BUFFER_MUTATION]
         if written:
@@ -99,7 +101,13 @@ def with_tensors(value: Any, tensors: Sequence[Any]) -> Any:
     return pytree.tree_unflatten([next(left) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
 
-def trace(model: nn.Module, example_inputs: Any, dynamic_axes: Axes | None = None) -> Traced:
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    dynamic_axes: Axes | None = None,
+    twin: Callable[[nn.Module], nn.Module] | None = None,
+    finalizes: bool = True,
+) -> Traced:
     """Finalizes a copy of a model and finds the names of its inputs and outputs.
 
     Args:
@@ -108,6 +116,8 @@ def trace(model: nn.Module, example_inputs: Any, dynamic_axes: Axes | None = Non
         dynamic_axes: by the name of an input, the names of its open sizes by dimension, e.g.
             `{"input_ids": {0: "batch", 1: "tokens"}}`. None leaves the first dimension of all inputs open that have
             the batch size there.
+        twin: makes what is traced in the place of the finalized model.
+        finalizes: False copies the model as it is.
 
     Raises:
         ModelError: the forward does not run on the inputs; unknown names in `dynamic_axes`.
@@ -116,18 +126,24 @@ def trace(model: nn.Module, example_inputs: Any, dynamic_axes: Axes | None = Non
     >>> traced.inputs, traced.outputs, traced.axes, traced.tensors[0].shape
     (('input',), ('output',), {'input': {0: 'batch'}}, torch.Size([2, 4]))
     """
-    model = deepcopy(model)
-    if isinstance(model, CompressedLayer):  # a layer by itself
-        model = dict(iter_deployed(model))[""]
-    else:
-        deploy(model)
-    model.eval().cpu()
+    model = finalized_copy(model) if finalizes else deepcopy(model).eval().cpu()
     args, kwargs = as_call(example_inputs)
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
     names = _names(model, args, kwargs)
     args, kwargs, axes = _open_sizes(args, kwargs, names, dynamic_axes)
     outputs = _output_names(_try(model, args, kwargs))
-    return Traced(model, args, kwargs, tuple(names), tuple(outputs), axes)
+    traced = model if twin is None else twin(model)
+    return Traced(model, traced, args, kwargs, tuple(names), tuple(outputs), axes)
+
+
+def finalized_copy(model: nn.Module) -> nn.Module:
+    """The deployed form of a copy, in eval mode, on the CPU; a single layer may be a compressed one itself."""
+    model = deepcopy(model)
+    if isinstance(model, CompressedLayer):
+        model = dict(iter_deployed(model))[""]
+    else:
+        deploy(model)
+    return model.eval().cpu()
 
 
 def _names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:

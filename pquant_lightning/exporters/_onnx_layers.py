@@ -1,0 +1,126 @@
+"""Twins of integer linear layers that onnxruntime has kernels for; they are only traced, never run in PyTorch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pquant_lightning.core.compressed_layer import compressed_layers
+from pquant_lightning.core.deploy import share_copy
+from pquant_lightning.core.surgery import replace_layer
+from pquant_lightning.methods.quantization._integer import IntLinear
+
+_DOMAIN = "com.microsoft"
+_LEAST_BLOCK, _WHOLE_ROW = 16, 128  # of MatMulNBits: a power of two from 16 on; what a row of one scale is cut into
+
+
+def with_onnx_layers(model: nn.Module) -> nn.Module:
+    """A copy that shares all tensors, with twins of the linear layers that onnxruntime computes in integers."""
+    twin = share_copy(model)
+    for name, layer in compressed_layers(twin).items():
+        if isinstance(layer, IntLinear) and (made := _twin_of(layer)) is not None:
+            replace_layer(twin, name, made)
+    return twin
+
+
+def _twin_of(layer: IntLinear) -> nn.Module | None:
+    spec = layer.spec
+    if layer.like.dtype is not torch.float32:
+        return None
+    if spec["bits"] == 8 and spec["act_bits"] == 8 and layer.zero is None and layer.scale.shape[1] == 1:
+        return StaticLinear(layer) if spec["act"] == "static" else DynamicLinear(layer)
+    if spec["bits"] == 4 and spec["act"] is None:
+        return PackedLinear(layer) if _block(layer) is not None else None
+    return None
+
+
+def _block(layer: IntLinear) -> int | None:
+    """Values per scale in MatMulNBits; None where the groups of the layer do not go into it."""
+    size, inputs = layer.spec["group_size"] or _WHOLE_ROW, layer.in_features
+    return size if size >= _LEAST_BLOCK and size & (size - 1) == 0 and inputs % size == 0 else None
+
+
+def _operation(name: str, x: Tensor, *rest: Tensor | None, out: int, **attributes: int) -> Tensor:
+    """An operation of onnxruntime that gives float32 `(..., out)`."""
+    shape, given = (*x.shape[:-1], out), dict[str, Any](attributes)
+    return torch.onnx.ops.symbolic(f"{_DOMAIN}::{name}", (x, *rest), given, dtype=torch.float32, shape=shape, version=1)
+
+
+class DynamicLinear(nn.Module):
+    """8-bit weights with a scale for each output; inputs on a grid that is found for the whole tensor as it runs."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, layer: IntLinear) -> None:
+        super().__init__()
+        self.register_buffer("codes", layer.codes.t().contiguous())  # (in, out)
+        self.register_buffer("scale", layer.scale.squeeze(1))
+        self.bias, self.out = layer.bias, layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _operation("DynamicQuantizeMatMul", x, self.codes, self.scale, None, self.bias, out=self.out)
+
+
+class StaticLinear(DynamicLinear):
+    """The same with inputs on a calibrated grid."""
+
+    act_scale: Tensor
+    act_zero: Tensor
+
+    def __init__(self, layer: IntLinear) -> None:
+        super().__init__(layer)
+        scale, zero = layer.act_grid
+        self.register_buffer("act_scale", scale.clone())
+        self.register_buffer("act_zero", zero.to(torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantize: Callable[..., Any] = torch.onnx.ops.symbolic
+        grid = (self.act_scale, self.act_zero)
+        codes = quantize("::QuantizeLinear", (x, *grid), {}, dtype=torch.uint8, shape=x.shape, version=18)
+        weights = (self.codes, self.act_scale, self.scale, self.act_zero, None, self.bias)
+        return _operation("MatMulIntegerToFloat", codes, *weights, out=self.out)
+
+
+class PackedLinear(nn.Module):
+    """4-bit weights with a scale, and a zero point, for each block of inputs.
+
+    Zero points are integers there. What a fractional one leaves is a term of the sums of the inputs over the blocks.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    rest: Tensor | None
+
+    def __init__(self, layer: IntLinear) -> None:
+        super().__init__()
+        outputs, inputs = layer.shape
+        block = self.block = _block(layer) or _WHOLE_ROW
+        count = inputs // block
+        per_group = count // layer.scale.shape[1]
+        levels = (layer.weight_codes().to(torch.int16) + 8).to(torch.uint8)  # 0..15
+        self.register_buffer("codes", _nibbles(levels).reshape(outputs, count, block // 2))
+        self.register_buffer("scale", layer.scale.repeat_interleave(per_group, 1).contiguous())
+        zero, left = None, None
+        if layer.zero is not None:
+            exact = (layer.zero.float() + 8).repeat_interleave(per_group, 1)
+            near = exact.round().clamp(0, 15)
+            zero = _nibbles(near.to(torch.uint8))
+            left = None if torch.equal(near, exact) else ((near - exact) * self.scale).t().contiguous()
+        self.register_buffer("zero", zero)
+        self.register_buffer("rest", left)  # (blocks, out)
+        self.bias, self.inputs, self.out = layer.bias, inputs, outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = {"K": self.inputs, "N": self.out, "bits": 4, "block_size": self.block}
+        y = _operation("MatMulNBits", x, self.codes, self.scale, self.zero, None, self.bias, out=self.out, **sizes)
+        return y if self.rest is None else y + x.unflatten(-1, (-1, self.block)).sum(-1) @ self.rest
+
+
+def _nibbles(levels: Tensor) -> Tensor:
+    """uint8 values below 16, `(rows, n)`, as pairs in `(rows, ceil(n / 2))`, the first one in the low half."""
+    if levels.shape[1] % 2:
+        levels = nn.functional.pad(levels, (0, 1))
+    return (levels[:, 0::2] | (levels[:, 1::2] << 4)).contiguous()

@@ -1,0 +1,123 @@
+"""`export_model`: a finalized copy of a model in another format, opened again and compared."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pquant_lightning.backends.lowering.trace import Axes, Traced, trace
+from pquant_lightning.core.compressed_layer import compressed_layers
+from pquant_lightning.core.deploy import dense_form
+from pquant_lightning.core.errors import OptionError, known
+from pquant_lightning.exporters.base import Exporter, ExportError, ExportResult, appearing, size_of
+from pquant_lightning.exporters.jax import JaxExporter
+from pquant_lightning.exporters.onnx import OnnxExporter
+from pquant_lightning.exporters.peft import PeftExporter
+from pquant_lightning.exporters.pt2 import Pt2Exporter
+from pquant_lightning.exporters.safetensors import SafetensorsExporter
+from pquant_lightning.exporters.tensorflow import TensorFlowExporter
+from pquant_lightning.exporters.tflite import TfliteExporter
+from pquant_lightning.exporters.verify import check_integers, compare
+
+log = logging.getLogger(__name__)
+
+EXPORTERS: dict[str, Exporter] = {
+    "onnx": OnnxExporter(),
+    "pt2": Pt2Exporter(),
+    "safetensors": SafetensorsExporter(),
+    "tensorflow": TensorFlowExporter(),
+    "tflite": TfliteExporter(),
+    "jax": JaxExporter(),
+    "peft": PeftExporter(),
+}
+
+
+def export_model(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | Path,
+    format: str = "onnx",  # noqa: A002 (the name in the specification)
+    *,
+    dynamic_axes: Axes | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+) -> ExportResult:
+    """Writes a model in a format that other runtimes read; the compression stays in it.
+
+    A copy is finalized first: adapters are merged, masks baked, fake quantization becomes integers. Factors stay
+    factored, integer weights are integers in the file.
+
+    | format | what | weights of 8 bits | of 2 to 6 bits |
+    |---|---|---|---|
+    | "onnx" | a file for onnxruntime | integer operations | 4 bits in `MatMulNBits`; others unpacked as it runs |
+    | "pt2" | `torch.export.save` | int8 | packed |
+    | "safetensors" | our own file, for `load_compressed` | int8 | packed |
+    | "tensorflow" | a SavedModel of ordinary operations | int8 | packed |
+    | "tflite" | a file for LiteRT | int8, inputs quantized by the runtime | no |
+    | "jax" | StableHLO, parameters, and a description | int8 | packed |
+    | "peft" | adapters, in Hugging Face's format | as the base has them | as the base has them |
+
+    Args:
+        model: training form or deployed form; not touched.
+        example_inputs: what `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
+        path: the file, or the directory for "tensorflow", "jax" and "peft".
+        format: one of those in the table.
+        dynamic_axes: by the name of an input, the names of its open sizes by dimension, e.g.
+            `{"input_ids": {0: "batch", 1: "tokens"}}`. None leaves the batch open.
+        verify: opens the artefact in its own runtime and compares it with the model, on two batch sizes.
+        overwrite: replace what is at the path.
+
+    Returns:
+        What was written, and how far it is from the model.
+
+    Raises:
+        BackendUnavailable: the format's packages are not installed.
+        OptionError: there is no such format.
+        ModelError: the model cannot be traced.
+        UnsupportedOperationError: it has operations that the format has no counterpart for.
+        ExportError: the path exists or cannot be written, the format has no type for the weights, or the artefact
+            computes something else.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = export_model(nn.Linear(4, 2), torch.zeros(1, 4), f"{folder}/net.pt2", "pt2")
+    >>> result.integer_weights, result.max_error < 1e-5
+    (False, True)
+    """
+    if format not in EXPORTERS:
+        raise OptionError(f"There is no format {format!r}. {known(format, EXPORTERS)}")
+    exporter, path = EXPORTERS[format], Path(path)
+    exporter.check_installed()
+    if path.exists() and not overwrite:
+        raise ExportError(f"{path} exists; choose another path, or give overwrite=True.")
+    traced = trace(model, example_inputs, dynamic_axes, exporter.twin, exporter.finalizes)
+    _check_bits(exporter, format, traced.model)
+    with appearing(path, exporter.is_directory) as temporary:
+        exporter.write(traced, temporary)
+        integers = check_integers(exporter, temporary, traced)
+        error = compare(exporter, temporary, traced) if verify else None
+    size = size_of(path)
+    result = ExportResult(path, format, size, size / _float32_bytes(model), error, integers, *_names(traced))
+    log.info("%s", result)
+    return result
+
+
+def _names(traced: Traced) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return traced.inputs, traced.outputs
+
+
+def _check_bits(exporter: Exporter, format: str, model: nn.Module) -> None:  # noqa: A002
+    for name, layer in compressed_layers(model).items():
+        bits = layer.spec.get("bits")
+        if layer.deployed and bits is not None and bits not in exporter.bits:
+            others = [other for other, found in EXPORTERS.items() if bits in found.bits]
+            raise ExportError(
+                f"{format} has no type for weights of {bits} bits, as layer {name!r} has them. Quantize to "
+                f"{' or '.join(map(str, exporter.bits))} bits, or export to {', '.join(map(repr, others))}."
+            )
+
+
+def _float32_bytes(model: nn.Module) -> int:
+    dense = dense_form(model)
+    return 4 * sum(t.numel() for t in {id(t): t for t in (*dense.parameters(), *dense.buffers())}.values())

@@ -1,0 +1,45 @@
+"""`.pt2`: a graph of `torch.export`, which runs without this package; the archival form with a program."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pquant_lightning.backends.lowering.trace import Traced, quietly
+from pquant_lightning.core._private import quantized_decomposed
+from pquant_lightning.exporters.base import Exporter, Run, run_in_torch
+
+
+class Pt2Exporter(Exporter):
+    """`torch.export.save` of plain aten operations."""
+
+    bits: ClassVar[dict[int, str]] = {8: "int8"} | dict.fromkeys((2, 3, 4, 5, 6, 7), "packed")
+
+    def write(self, traced: Traced, path: Path) -> None:
+        with quietly():
+            torch.export.save(traced.program.run_decompositions(_plain_grids()), path)
+
+    def open(self, path: Path, traced: Traced) -> Run:
+        module = torch.export.load(path).module()
+        return run_in_torch(module, traced)
+
+    def weight_types(self, path: Path) -> dict[str, tuple[str, int]]:
+        program = torch.export.load(path)
+        held = {**program.state_dict, **{k: v for k, v in program.constants.items() if isinstance(v, Tensor)}}
+        return {name: (str(t.dtype).removeprefix("torch."), t.numel() * t.element_size()) for name, t in held.items()}
+
+
+def _plain_grids() -> dict[Any, Any]:
+    """The two operations of static grids, written out: a file with them would need a private import to be loaded."""
+    ops = quantized_decomposed()
+
+    def quantize(x: Tensor, scale: float, zero: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        return (x * (1.0 / scale)).round().add(zero).clamp(low, high).to(dtype)
+
+    def dequantize(
+        codes: Tensor, scale: float, zero: int, low: int, high: int, dtype: torch.dtype, *, out_dtype: Any = None
+    ) -> Tensor:
+        return (codes.to(torch.float32) - zero) * scale
+
+    return {ops.quantize_per_tensor.default: quantize, ops.dequantize_per_tensor.default: dequantize}
