@@ -13,12 +13,15 @@ from pquant_lightning.backends.pytorch import PyTorchBackend, stored_names
 from pquant_lightning.core.errors import OptionError
 
 
-def lower_to_tensorflow(traced: Traced) -> tuple[Callable[..., list[Any]], dict[str, torch.Tensor]]:
-    """A traced model as a function over TensorFlow's tensors, `function(params, inputs)`, and its weights."""
+def lower_to_tensorflow(traced: Traced, lite: bool = False) -> tuple[Callable[..., list[Any]], dict[str, torch.Tensor]]:
+    """A traced model as a function over TensorFlow's tensors, `function(params, inputs)`, and its weights.
+
+    With `lite` only of operations that TFLite has.
+    """
     require("tensorflow", "tensorflow")
     from pquant_lightning.backends.lowering.tensorflow_namespace import TensorFlowNamespace
 
-    return to_function(traced.program, TensorFlowNamespace())
+    return to_function(traced.program, TensorFlowNamespace(lite))
 
 
 def to_keras(model: nn.Module, example_inputs: Any) -> Any:

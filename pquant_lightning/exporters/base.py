@@ -130,4 +130,5 @@ def appearing(path: Path, is_directory: bool) -> Iterator[Path]:
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error}. Nothing was left behind.") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)

@@ -98,7 +98,7 @@ def export_model(
         integers = check_integers(exporter, temporary, traced)
         error = compare(exporter, temporary, traced) if verify else None
     size = size_of(path)
-    result = ExportResult(path, format, size, size / _float32_bytes(model), error, integers, *_names(traced))
+    result = ExportResult(path, format, size, size / max(_float32_bytes(model), 1), error, integers, *_names(traced))
     log.info("%s", result)
     return result
 

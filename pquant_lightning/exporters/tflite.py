@@ -1,5 +1,6 @@
 """`.tflite` for LiteRT: 8-bit weights stay integers, and its kernels round the inputs of layers by themselves."""
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from pquant_lightning.backends.lowering.trace import Traced, quietly
 from pquant_lightning.backends.tensorflow import lower_to_tensorflow
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.deploy import share_copy
+from pquant_lightning.core.errors import ModelError
 from pquant_lightning.exporters.base import Exporter, Run
 from pquant_lightning.exporters.tensorflow import signature
 
@@ -33,7 +35,7 @@ class TfliteExporter(Exporter):
 
     def write(self, traced: Traced, path: Path) -> None:
         tf = require("tensorflow", "tensorflow")
-        run, weights = lower_to_tensorflow(traced)
+        run, weights = lower_to_tensorflow(traced, lite=True)
         params = {name: as_numpy(tensor) for name, tensor in weights.items()}
 
         def serve(*inputs: Any) -> dict[str, Any]:
@@ -44,7 +46,13 @@ class TfliteExporter(Exporter):
             converter = tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()], tf.Module())
             if any("bits" in layer.spec for layer in compressed_layers(traced.model).values()):
                 converter.optimizations = [tf.lite.Optimize.DEFAULT]
-            path.write_bytes(converter.convert())
+            try:
+                data = converter.convert()
+            except Exception as error:  # its type is private
+                named = sorted(set(re.findall(r"'(tf\.\w+)' op is neither", str(error))))
+                reason = f"no counterpart for {', '.join(named)}" if named else str(error).splitlines()[0]
+                raise ModelError(f"TFLite cannot hold {type(traced.model).__name__}: {reason}.") from error
+            path.write_bytes(data)
 
     def open(self, path: Path, traced: Traced) -> Run:
         interpreter = require("ai_edge_litert.interpreter", "tensorflow").Interpreter(model_path=str(path))

@@ -13,36 +13,35 @@ _SAME_NAME = (  # noqa: SIM905
     "log1p log2 logical_not bitwise_not neg reciprocal rsqrt sigmoid sign sin sinh sqrt square tan tanh trunc"
 ).split()
 _OF_FLOATS = {"isfinite", "isinf", "isnan", "ceil", "floor", "trunc", "round"}  # nothing to do for integers
-_OVERLOADS = ("Tensor", "Scalar", "default", "Tensor_Tensor", "Tensor_Scalar", "Scalar_Tensor")
 _KEEPS_INTEGERS = {"abs", "neg", "sign", "square", "bitwise_not", "logical_not"}
 
-_BINARY = {
-    "add": "add",
-    "sub": "sub",
-    "mul": "mul",
-    "div": "div",
-    "eq": "eq",
-    "ne": "ne",
-    "lt": "lt",
-    "le": "le",
-    "gt": "gt",
-    "ge": "ge",
-    "maximum": "maximum",
-    "minimum": "minimum",
-    "pow": "pow",
-    "remainder": "mod",
-    "floor_divide": "floor_div",
-    "bitwise_and": "bitwise_and",
-    "bitwise_or": "bitwise_or",
-    "bitwise_xor": "bitwise_xor",
-    "bitwise_left_shift": "left_shift",
-    "bitwise_right_shift": "right_shift",
-    "__and__": "bitwise_and",
-    "__or__": "bitwise_or",
-    "__xor__": "bitwise_xor",
-    "__lshift__": "left_shift",
-    "__rshift__": "right_shift",
-    "atan2": "atan2",
+_BINARY = {  # torch's name: ours, and its overloads
+    "add": ("add", "Tensor"),
+    "sub": ("sub", "Tensor"),
+    "mul": ("mul", "Tensor Scalar"),
+    "div": ("div", "Tensor"),
+    "eq": ("eq", "Tensor Scalar"),
+    "ne": ("ne", "Tensor Scalar"),
+    "lt": ("lt", "Tensor Scalar"),
+    "le": ("le", "Tensor Scalar"),
+    "gt": ("gt", "Tensor Scalar"),
+    "ge": ("ge", "Tensor Scalar"),
+    "maximum": ("maximum", "default"),
+    "minimum": ("minimum", "default"),
+    "pow": ("pow", "Tensor_Tensor Tensor_Scalar Scalar"),
+    "remainder": ("mod", "Scalar Tensor"),
+    "floor_divide": ("floor_div", "default"),
+    "bitwise_and": ("bitwise_and", "Tensor Scalar"),
+    "bitwise_or": ("bitwise_or", "Tensor Scalar"),
+    "bitwise_xor": ("bitwise_xor", "Tensor Scalar"),
+    "bitwise_left_shift": ("left_shift", "Tensor Tensor_Scalar"),
+    "bitwise_right_shift": ("right_shift", "Tensor Tensor_Scalar"),
+    "__and__": ("bitwise_and", "Tensor Scalar"),
+    "__or__": ("bitwise_or", "Tensor Scalar"),
+    "__xor__": ("bitwise_xor", "Tensor Scalar"),
+    "__lshift__": ("left_shift", "Tensor Scalar"),
+    "__rshift__": ("right_shift", "Tensor Scalar"),
+    "atan2": ("atan2", "default"),
 }
 
 
@@ -80,8 +79,8 @@ def _enter_unary(operation: str) -> None:
         return getattr(ns, operation)(x)
 
 
-def _enter_binary(operation: str, name: str) -> None:
-    @lowers(*names(f"aten.{operation}.{{}}", _OVERLOADS))
+def _enter_binary(operation: str, name: str, overloads: str) -> None:
+    @lowers(*names(f"aten.{operation}.{{}}", overloads.split()))
     def lowering(ns: Namespace, x: Any, y: Any, alpha: Any = 1) -> Array:
         x, y = promoted(ns, x, y, floating=operation in ("div", "atan2"))
         if alpha != 1:
@@ -98,8 +97,8 @@ def _as_numbers(ns: Namespace, function: Any, x: Array, y: Array) -> Array:
 
 for _name in _SAME_NAME:
     _enter_unary(_name)
-for _torch, _ours in _BINARY.items():
-    _enter_binary(_torch, _ours)
+for _torch, (_ours, _overloads) in _BINARY.items():
+    _enter_binary(_torch, _ours, _overloads)
 
 
 @lowers("aten.round.default", "aten.round.decimals")
@@ -116,7 +115,7 @@ def rsub(ns: Namespace, x: Array, y: Any, alpha: Any = 1) -> Array:
     return ns.sub(y, x if alpha == 1 else ns.mul(x, ns.asarray(alpha, ns.dtype(x))))
 
 
-@lowers("aten.div.Tensor_mode", "aten.div.Scalar_mode")
+@lowers("aten.div.Tensor_mode")
 def div_mode(ns: Namespace, x: Any, y: Any, rounding_mode: str | None = None) -> Array:
     x, y = promoted(ns, x, y, floating=rounding_mode is None)
     if rounding_mode == "floor":
@@ -153,7 +152,7 @@ for _torch, _ours in (("and", "minimum"), ("or", "maximum"), ("xor", "ne")):
     _enter_logical(_torch, _ours)
 
 
-@lowers("aten.clamp.default", "aten.clamp.Tensor", "aten.clip.default")
+@lowers("aten.clamp.default", "aten.clamp.Tensor")
 def clamp(ns: Namespace, x: Array, low: Any = None, high: Any = None) -> Array:
     if low is not None:
         x = ns.maximum(*promoted(ns, x, low))
@@ -170,7 +169,7 @@ def clamp_max(ns: Namespace, x: Array, high: Any) -> Array:
     return clamp(ns, x, None, high)
 
 
-@lowers("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
+@lowers("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf")
 def where(ns: Namespace, condition: Array, x: Any, y: Any) -> Array:
     return ns.where(ns.cast(condition, torch.bool), *promoted(ns, x, y))
 
@@ -190,17 +189,12 @@ def lerp(ns: Namespace, x: Array, y: Array, weight: Any) -> Array:
     return ns.add(x, ns.mul(constant(ns, weight, x), ns.sub(y, x)))
 
 
-@lowers("aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device")
+@lowers("aten._to_copy.default")
 def to_copy(ns: Namespace, x: Array, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Array:
     return x if dtype is None else ns.cast(x, dtype)
 
 
-@lowers(
-    *names("aten.{}.default", ("clone", "alias", "detach", "contiguous", "lift_fresh", "lift_fresh_copy")),
-    "aten.dropout.default",
-    "aten.type_as.default",
-    "aten.to.other",
-)
+@lowers("aten.clone.default", "aten.alias.default", "aten.type_as.default")
 def identity(ns: Namespace, x: Array, *args: Any, **kwargs: Any) -> Array:
     return x  # the caller casts to the dtype that the graph says
 
@@ -233,7 +227,7 @@ def leaky_relu(ns: Namespace, x: Array, slope: float = 0.01) -> Array:
     return ns.where(ns.gt(x, constant(ns, 0, x)), x, ns.mul(x, constant(ns, slope, x)))
 
 
-@lowers("aten.prelu.default", "aten._prelu_kernel.default")
+@lowers("aten.prelu.default")
 def prelu(ns: Namespace, x: Array, weight: Array) -> Array:
     if ns.rank(weight) == 1:
         weight = ns.reshape(weight, [-1, *[1] * (ns.rank(x) - 2)])

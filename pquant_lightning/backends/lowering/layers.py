@@ -20,7 +20,7 @@ def linear(ns: Namespace, x: Array, weight: Array, bias: Array | None = None) ->
     return y if bias is None else ns.add(y, bias)
 
 
-@lowers("aten.matmul.default", "aten.mm.default", "aten.bmm.default", "aten.mv.default", "aten.dot.default")
+@lowers("aten.matmul.default", "aten.mm.default", "aten.bmm.default")
 def matmul(ns: Namespace, x: Array, y: Array) -> Array:
     x, y = promoted(ns, x, y)
     row, column = ns.rank(x) == 1, ns.rank(y) == 1
@@ -271,7 +271,13 @@ def batch_norm_no_training(
     return batch_norm(ns, x, weight, bias, mean, variance, False, momentum, eps), None, None
 
 
-@lowers("aten.batch_norm.default")
+@lowers("aten._native_batch_norm_legit.no_stats")
+def batch_norm_of_batch(
+    ns: Namespace, x: Array, weight: Any, bias: Any, training: bool, momentum: float, eps: float
+) -> tuple[Array, None, None]:
+    return batch_norm(ns, x, weight, bias, None, None, True, momentum, eps), None, None
+
+
 def batch_norm(
     ns: Namespace,
     x: Array,
@@ -363,7 +369,7 @@ def instance_norm(
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
-@lowers("aten.softmax.int", "aten._softmax.default", "aten._safe_softmax.default")
+@lowers("aten.softmax.int", "aten._softmax.default")
 def softmax(ns: Namespace, x: Array, dim: int, dtype: Any = None) -> Array:
     x = ns.cast(x, dtype) if isinstance(dtype, torch.dtype) else x
     axis = [dim % ns.rank(x)]
@@ -493,7 +499,7 @@ def _rnn_cell(activation: str) -> Any:
 @lowers("aten.lstm.input")
 def lstm(ns: Namespace, x: Array, starts: Sequence[Array], weights: Sequence[Array], *how: Any) -> tuple[Array, ...]:
     has_biases, layers, _, _, both, batch_first = how
-    _check_no_projection(ns, weights, has_biases)
+    _check_no_projection(ns, weights)
     return _run_layers(ns, x, tuple(starts), weights, has_biases, layers, both, batch_first, _lstm_cell)
 
 
@@ -509,8 +515,9 @@ for _activation in ("tanh", "relu"):
     _enter_recurrent(f"aten.rnn_{_activation}.input", _rnn_cell(_activation))
 
 
-def _check_no_projection(ns: Namespace, weights: Sequence[Array], has_biases: bool) -> None:
-    if ns.rank(weights[2]) != (1 if has_biases else 2) or (has_biases and ns.rank(weights[4 % len(weights)]) != 2):
+def _check_no_projection(ns: Namespace, weights: Sequence[Array]) -> None:
+    gates, hidden = ns.shape(weights[1])
+    if gates != 4 * hidden:
         raise UnsupportedOperationError("An LSTM with proj_size has no counterpart here: export to 'onnx' or 'pt2'.")
 
 
@@ -565,12 +572,12 @@ def pixel_shuffle(ns: Namespace, x: Array, factor: int) -> Array:
 # -- quantization ------------------------------------------------------------------------------------------------------
 
 
-@lowers("quantized_decomposed.quantize_per_tensor.default", "quantized_decomposed.quantize_per_tensor.tensor")
+@lowers("quantized_decomposed.quantize_per_tensor.default")
 def quantize(ns: Namespace, x: Array, scale: Any, zero_point: Any, low: int, high: int, dtype: torch.dtype) -> Array:
     return ns.quantize(x, scale, zero_point, low, high, dtype)
 
 
-@lowers("quantized_decomposed.dequantize_per_tensor.default", "quantized_decomposed.dequantize_per_tensor.tensor")
+@lowers("quantized_decomposed.dequantize_per_tensor.default")
 def dequantize(
     ns: Namespace,
     codes: Array,

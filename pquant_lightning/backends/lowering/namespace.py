@@ -18,7 +18,6 @@ BINARY = (  # noqa: SIM905
     "add atan2 bitwise_and bitwise_or bitwise_xor div eq floor_div ge gt le left_shift lt maximum minimum mod mul ne "
     "pow right_shift sub"
 ).split()
-REDUCTIONS = ["all", "any", "max", "mean", "min", "prod", "sum"]
 
 
 class Namespace(ABC):

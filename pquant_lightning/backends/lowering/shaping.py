@@ -6,15 +6,13 @@ from typing import Any
 import torch
 
 from pquant_lightning.backends.lowering.elementwise import constant, promoted
-from pquant_lightning.backends.lowering.namespace import REDUCTIONS, Array, Namespace, Size
+from pquant_lightning.backends.lowering.namespace import Array, Namespace, Size
 from pquant_lightning.backends.lowering.table import UnsupportedOperationError, lowers, names
 
 _END = 2**62  # what stands for "to the end" in a slice
 
 
-@lowers(
-    *names("aten.{}.default", ["_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range"])
-)
+@lowers("aten._assert_tensor_metadata.default")
 def nothing(ns: Namespace, *args: Any, **kwargs: Any) -> None:
     """What torch checks while it traces."""
 
@@ -27,23 +25,9 @@ def sym_size(ns: Namespace, x: Array, dim: int) -> Size:
 # -- views -------------------------------------------------------------------------------------------------------------
 
 
-@lowers("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten._reshape_alias.default")
+@lowers("aten.view.default")
 def reshape(ns: Namespace, x: Array, sizes: Sequence[Size], *strides: Any) -> Array:
     return ns.reshape(x, sizes)
-
-
-@lowers("aten.flatten.using_ints")
-def flatten(ns: Namespace, x: Array, start: int = 0, end: int = -1) -> Array:
-    sizes = ns.shape(x)
-    start, end = start % max(len(sizes), 1), end % max(len(sizes), 1)
-    return ns.reshape(x, [*sizes[:start], -1, *sizes[end + 1 :]])
-
-
-@lowers("aten.unflatten.int")
-def unflatten(ns: Namespace, x: Array, dim: int, into: Sequence[Size]) -> Array:
-    sizes = ns.shape(x)
-    dim %= len(sizes)
-    return ns.reshape(x, [*sizes[:dim], *into, *sizes[dim + 1 :]])
 
 
 @lowers("aten.unsqueeze.default")
@@ -65,7 +49,7 @@ def _is_one(size: Size) -> bool:
     return isinstance(size, int) and size == 1
 
 
-@lowers("aten.transpose.int", "aten.swapaxes.default")
+@lowers("aten.transpose.int")
 def transpose(ns: Namespace, x: Array, first: int, second: int) -> Array:
     order = list(range(ns.rank(x)))
     if order:
@@ -73,14 +57,9 @@ def transpose(ns: Namespace, x: Array, first: int, second: int) -> Array:
     return ns.transpose(x, order)
 
 
-@lowers("aten.t.default", "aten.numpy_T.default")
+@lowers("aten.t.default")
 def t(ns: Namespace, x: Array) -> Array:
     return ns.transpose(x, list(reversed(range(ns.rank(x)))))
-
-
-@lowers("aten.mT.default")
-def matrix_transpose(ns: Namespace, x: Array) -> Array:
-    return transpose(ns, x, -1, -2)
 
 
 @lowers("aten.permute.default")
@@ -88,29 +67,14 @@ def permute(ns: Namespace, x: Array, order: Sequence[int]) -> Array:
     return ns.transpose(x, [dim % ns.rank(x) for dim in order])
 
 
-@lowers("aten.movedim.int", "aten.movedim.intlist")
-def movedim(ns: Namespace, x: Array, source: Any, target: Any) -> Array:
-    count = ns.rank(x)
-    sources, targets = ([d % count for d in ([dims] if isinstance(dims, int) else dims)] for dims in (source, target))
-    order = [dim for dim in range(count) if dim not in sources]
-    for place, dim in sorted(zip(targets, sources, strict=True)):
-        order.insert(place, dim)
-    return ns.transpose(x, order)
-
-
-@lowers("aten.expand.default", "aten.broadcast_to.default", "aten.expand_copy.default")
+@lowers("aten.expand.default")
 def expand(ns: Namespace, x: Array, sizes: Sequence[Size], implicit: bool = False) -> Array:
     own = [1] * (len(sizes) - ns.rank(x)) + ns.shape(x)
     wanted = [have if isinstance(size, int) and size == -1 else size for size, have in zip(sizes, own, strict=True)]
     return ns.broadcast_to(x, wanted)
 
 
-@lowers("aten.expand_as.default")
-def expand_as(ns: Namespace, x: Array, other: Array) -> Array:
-    return ns.broadcast_to(x, ns.shape(other))
-
-
-@lowers("aten.repeat.default", "aten.tile.default")
+@lowers("aten.repeat.default")
 def repeat(ns: Namespace, x: Array, counts: Sequence[Size]) -> Array:
     sizes = [1] * (len(counts) - ns.rank(x)) + ns.shape(x)
     counts = [1] * (len(sizes) - len(counts)) + list(counts)
@@ -133,7 +97,7 @@ def repeat_interleave(ns: Namespace, x: Array, count: Size, dim: int | None = No
 # -- joining and splitting ---------------------------------------------------------------------------------------------
 
 
-@lowers("aten.cat.default", "aten.concat.default")
+@lowers("aten.cat.default")
 def cat(ns: Namespace, arrays: Sequence[Array], dim: int = 0) -> Array:
     kept = [x for x in arrays if not (ns.rank(x) == 1 and ns.shape(x)[0] == 0)]  # torch skips empty vectors
     return ns.concat(promoted(ns, *kept), dim % ns.rank(kept[0]))
@@ -169,11 +133,6 @@ def _inside(place: Size, size: Size) -> Size:
     return min(place, size) if isinstance(place, int) and isinstance(size, int) else place
 
 
-@lowers("aten.narrow.default")
-def narrow(ns: Namespace, x: Array, dim: int, start: Size, length: Size) -> Array:
-    return ns.slice(x, dim % ns.rank(x), start, start + length, 1)
-
-
 @lowers("aten.select.int")
 def select(ns: Namespace, x: Array, dim: int, index: Size) -> Array:
     sizes = ns.shape(x)
@@ -183,7 +142,7 @@ def select(ns: Namespace, x: Array, dim: int, index: Size) -> Array:
     return ns.reshape(ns.slice(x, dim, index, index + 1, 1), [*sizes[:dim], *sizes[dim + 1 :]])
 
 
-@lowers("aten.split.Tensor", "aten.split.sizes", "aten.split_with_sizes.default", "aten.unsafe_split.Tensor")
+@lowers("aten.split.Tensor", "aten.split_with_sizes.default")
 def split(ns: Namespace, x: Array, sizes: Any, dim: int = 0) -> list[Array]:
     dim %= ns.rank(x)
     whole = ns.shape(x)[dim]
@@ -191,11 +150,6 @@ def split(ns: Namespace, x: Array, sizes: Any, dim: int = 0) -> list[Array]:
         sizes = [min(sizes, whole - start) for start in range(0, whole, sizes)]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [ns.slice(x, dim, start, start + size, 1) for start, size in zip(starts, sizes, strict=True)]
-
-
-@lowers("aten.chunk.default")
-def chunk(ns: Namespace, x: Array, count: int, dim: int = 0) -> list[Array]:
-    return split(ns, x, -(-ns.shape(x)[dim] // count), dim)
 
 
 @lowers("aten.unbind.int")
@@ -238,18 +192,6 @@ def _pad_by_values(ns: Namespace, x: Array, axis: int, before: int, after: int, 
     return ns.concat([*left, x, *right], axis)
 
 
-def _enter_pad(dims: int) -> None:
-    for mode, name in (("reflect", "reflection"), ("replicate", "replication")):
-
-        @lowers(f"aten.{name}_pad{dims}d.default")
-        def lowering(ns: Namespace, x: Array, widths: Sequence[int], mode: str = mode) -> Array:
-            return pad(ns, x, widths, mode)
-
-
-for _dims in (1, 2, 3):
-    _enter_pad(_dims)
-
-
 @lowers("aten.flip.default")
 def flip(ns: Namespace, x: Array, dims: Sequence[int]) -> Array:
     return ns.flip(x, [dim % ns.rank(x) for dim in dims])
@@ -280,7 +222,14 @@ def index_select(ns: Namespace, x: Array, dim: int, indices: Array) -> Array:
     return ns.take(x, indices, dim % ns.rank(x))
 
 
-@lowers("aten.gather.default", "aten.take_along_dim.default")
+@lowers("aten.take_along_dim.default")
+def take_along_dim(ns: Namespace, x: Array, indices: Array, dim: int | None = None) -> Array:
+    if dim is None:
+        return ns.take_along(ns.reshape(x, [-1]), ns.reshape(indices, [-1]), 0)
+    return ns.take_along(x, indices, dim % ns.rank(x))
+
+
+@lowers("aten.gather.default")
 def gather(ns: Namespace, x: Array, dim: int, indices: Array, **kwargs: Any) -> Array:
     return ns.take_along(x, indices, dim % ns.rank(x))
 
@@ -315,11 +264,6 @@ def _front(ns: Namespace, x: Array, indices: Sequence[Any]) -> list[int]:
 def _points(ns: Namespace, x: Array, indices: Sequence[Any]) -> tuple[Array, list[Array], list[int] | None]:
     """x with its indexed dimensions in front, indices of one shape, and how the result is laid out afterwards."""
     given = [found for found in indices if found is not None]
-    if any(ns.dtype(found) in (torch.bool, torch.uint8) for found in given):
-        raise UnsupportedOperationError(
-            "The model takes values out by a mask of booleans, so that sizes depend on values, which JAX and "
-            "TensorFlow graphs have no counterpart for. Use torch.where, or export to 'onnx' or 'pt2'."
-        )
     order = _front(ns, x, indices)
     sizes = [ns.shape(x)[dim] for dim in order[: len(given)]]
     zero = [constant(ns, 0, found) for found in given]
@@ -432,9 +376,16 @@ def _enter_reduction(name: str, operations: Sequence[str]) -> None:
         return reduced(ns, name, x, dims, keepdim, dtype)
 
 
-for _name in REDUCTIONS:
-    _torch = {"max": "amax", "min": "amin"}.get(_name, _name)
-    _enter_reduction(_name, names(f"aten.{_torch}.{{}}", ("default", "dim", "dims", "dim_IntList", "dim_int")))
+for _name, _operations in {
+    "all": ("all.default", "all.dim", "all.dims"),
+    "any": ("any.default", "any.dim", "any.dims"),
+    "max": ("amax.default",),
+    "mean": ("mean.default", "mean.dim"),
+    "min": ("amin.default",),
+    "prod": ("prod.default", "prod.dim_int"),
+    "sum": ("sum.default", "sum.dim_IntList"),
+}.items():
+    _enter_reduction(_name, names("aten.{}", _operations))
 
 
 @lowers("aten.max.default")
@@ -470,7 +421,7 @@ def argmin(ns: Namespace, x: Array, dim: int | None = None, keepdim: bool = Fals
     return argmax(ns, ns.neg(x), dim, keepdim)
 
 
-@lowers("aten.var.dim", "aten.var.correction", "aten.var.default")
+@lowers("aten.var.dim", "aten.var.correction")
 def var(
     ns: Namespace, x: Array, dims: Any = None, unbiased: bool = True, keepdim: bool = False, correction: Any = None
 ) -> Array:
@@ -481,7 +432,7 @@ def var(
     return ns.div(total, ns.sub(count, constant(ns, correction, x)))
 
 
-@lowers("aten.std.dim", "aten.std.correction", "aten.std.default")
+@lowers("aten.std.dim", "aten.std.correction")
 def std(ns: Namespace, x: Array, *args: Any, **kwargs: Any) -> Array:
     return ns.sqrt(var(ns, x, *args, **kwargs))
 
@@ -501,7 +452,7 @@ def logsumexp(ns: Namespace, x: Array, dims: Any, keepdim: bool = False) -> Arra
     return ns.add(ns.log(total), top if keepdim else reduced(ns, "max", x, dims, False))
 
 
-@lowers("aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim", "aten.norm.Scalar")
+@lowers("aten.linalg_vector_norm.default")
 def vector_norm(
     ns: Namespace, x: Array, order: Any = 2, dims: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> Array:
@@ -542,17 +493,19 @@ def topk(
     return values if largest else ns.neg(values), places
 
 
-@lowers("aten.sort.default", "aten.sort.stable")
-def sort(
-    ns: Namespace, x: Array, *args: Any, dim: int = -1, descending: bool = False, **kwargs: Any
-) -> tuple[Array, Array]:
-    dim, descending = (*args, dim, descending)[:2] if args else (dim, descending)
+@lowers("aten.sort.default")
+def sort(ns: Namespace, x: Array, dim: int = -1, descending: bool = False) -> tuple[Array, Array]:
     return topk(ns, x, ns.shape(x)[dim], dim, largest=descending)
+
+
+@lowers("aten.sort.stable")
+def stable_sort(ns: Namespace, x: Array, *, dim: int = -1, descending: bool = False, **how: Any) -> tuple[Array, Array]:
+    return sort(ns, x, dim, descending)
 
 
 @lowers("aten.argsort.default")
 def argsort(ns: Namespace, x: Array, dim: int = -1, descending: bool = False) -> Array:
-    return sort(ns, x, dim=dim, descending=descending)[1]
+    return sort(ns, x, dim, descending)[1]
 
 
 # -- constants ---------------------------------------------------------------------------------------------------------
@@ -569,7 +522,7 @@ def arange(ns: Namespace, stop: Size, dtype: torch.dtype | None = None) -> Array
     return ns.arange(0, stop, 1, _dtype_for(dtype, stop))
 
 
-@lowers("aten.arange.start", "aten.arange.start_step")
+@lowers("aten.arange.start_step")
 def arange_from(ns: Namespace, start: Size, stop: Size, step: Size = 1, dtype: torch.dtype | None = None) -> Array:
     return ns.arange(start, stop, step, _dtype_for(dtype, start, stop, step))
 
@@ -600,8 +553,18 @@ def _enter_filled(name: str, value: int) -> None:
         return ns.full(ns.shape(x), value, dtype or ns.dtype(x))
 
 
-for _name, _value in (("zeros", 0), ("ones", 1), ("empty", 0)):
+for _name, _value in (("zeros", 0), ("ones", 1)):
     _enter_filled(_name, _value)
+
+
+@lowers("aten.empty.memory_format")
+def empty(ns: Namespace, sizes: Sequence[Size], dtype: torch.dtype | None = None, **how: Any) -> Array:
+    return ns.full(sizes, 0, dtype or torch.get_default_dtype())
+
+
+@lowers("aten.empty_like.default")
+def empty_like(ns: Namespace, x: Array, dtype: torch.dtype | None = None) -> Array:
+    return ns.full(ns.shape(x), 0, dtype or ns.dtype(x))
 
 
 @lowers("aten.full_like.default")
@@ -614,7 +577,7 @@ def new_full(ns: Namespace, x: Array, sizes: Sequence[Size], value: Any, dtype: 
     return ns.full(sizes, value, dtype or ns.dtype(x))
 
 
-@lowers("aten.fill.Scalar", "aten.fill.Tensor")
+@lowers("aten.fill.Scalar")
 def fill(ns: Namespace, x: Array, value: Any) -> Array:
     return ns.broadcast_to(constant(ns, value, x), ns.shape(x))
 

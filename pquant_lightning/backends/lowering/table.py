@@ -1,5 +1,6 @@
 """The table from aten operations to functions over an array namespace, and what is said about missing ones."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -62,8 +63,15 @@ def check_supported(graph: fx.Graph) -> None:
     """Checks that every operation of a graph is in the table.
 
     Raises:
-        UnsupportedOperationError: some are not.
+        UnsupportedOperationError: some are not, or a size depends on values.
     """
+    for node in graph.nodes:
+        if re.search(r"\bu\d+\b", str(getattr(node.meta.get("val"), "shape", node.meta.get("val")))):
+            raise UnsupportedOperationError(
+                f"The size of {node.name} depends on values ({_where(node)}): a mask of booleans takes values out, or "
+                "nonzero() counts them. JAX and TensorFlow graphs have no counterpart for it: use torch.where, or "
+                "export to 'onnx' or 'pt2'."
+            )
     missing = missing_operations(graph)
     if missing:
         lines = "\n".join(f"  {name}: {_where(node)}" for name, node in missing.items())

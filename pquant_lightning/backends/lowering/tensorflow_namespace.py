@@ -26,9 +26,13 @@ _NARROW = (tf.int8, tf.uint8, tf.int16)
 
 
 class TensorFlowNamespace(Namespace):
-    """Arrays are `tf.Tensor`; open sizes are int32 scalars of `tf.shape`. Only operations that TFLite has, too."""
+    """Arrays are `tf.Tensor`; open sizes are int32 scalars of `tf.shape`.
 
-    def __init__(self) -> None:
+    Args:
+        lite: only operations that TFLite has, too; quotients of integers then fit in 32 bits.
+    """
+
+    def __init__(self, lite: bool = False) -> None:
         bits = tf.bitwise
         self.unary = {
             **{name: getattr(tf.math, name) for name in _MATH_UNARY},
@@ -50,7 +54,7 @@ class TensorFlowNamespace(Namespace):
             "bitwise_xor": bits.bitwise_xor,
             "div": tf.math.divide,
             "eq": tf.equal,
-            "floor_div": tf.math.floordiv,
+            "floor_div": _in_32_bits(tf.math.floordiv) if lite else tf.math.floordiv,
             "ge": tf.greater_equal,
             "gt": tf.greater,
             "le": tf.less_equal,
@@ -190,16 +194,20 @@ class TensorFlowNamespace(Namespace):
         x = tf.transpose(x, [0, *range(2, 2 + count), 1])  # TensorFlow's CPU kernels have the channels last
         x = self._widened(x, padding, spread)
         kernel = tf.transpose(weight, [*range(2, 2 + count), 1, 0])
-        if groups == 1:
-            y = tf.nn.convolution(x, kernel, list(stride), "VALID", dilations=list(dilation))
+        if max(stride) > 1 and max(dilation) > 1:  # TensorFlow has one or the other
+            y = self._convolve(x, kernel, [1] * count, dilation, groups)
+            for i, step in enumerate(stride):
+                y = y[(*[slice(None)] * (i + 1), slice(None, None, step))]
         else:
-            y = self._grouped(x, kernel, stride, dilation, groups)
+            y = self._convolve(x, kernel, stride, dilation, groups)
         return tf.transpose(y, [0, count + 1, *range(1, count + 1)])
 
-    def _grouped(self, x: Array, kernel: Array, stride: Sequence[int], dilation: Sequence[int], groups: int) -> Array:
+    def _convolve(self, x: Array, kernel: Array, stride: Sequence[int], dilation: Sequence[int], groups: int) -> Array:
         """`x (N, ..., in)`, `kernel (..., in/groups, out)`."""
+        if groups == 1:
+            return tf.nn.convolution(x, kernel, list(stride), "VALID", dilations=list(dilation))
         *window, inner, out = kernel.shape
-        if inner == 1 and len(window) == 2 and (stride[0] == stride[1]) and (max(stride) == 1 or max(dilation) == 1):
+        if inner == 1 and len(window) == 2 and stride[0] == stride[1]:
             turned = tf.reshape(kernel, [*window, groups, out // groups])
             return tf.nn.depthwise_conv2d(x, turned, [1, *stride, 1], "VALID", dilations=list(dilation))
         parts = zip(tf.split(x, groups, -1), tf.split(kernel, groups, -1), strict=True)
@@ -281,6 +289,17 @@ def _wide(function: Any) -> Callable[[Array, Array], Array]:
         if x.dtype not in _NARROW:
             return function(x, y)
         return tf.cast(function(tf.cast(x, tf.int32), tf.cast(y, tf.int32)), x.dtype)
+
+    return compute
+
+
+def _in_32_bits(function: Any) -> Callable[[Array, Array], Array]:
+    """TFLite divides no longer integers."""
+
+    def compute(x: Array, y: Array) -> Array:
+        if x.dtype != tf.int64:
+            return function(x, y)
+        return tf.cast(function(tf.cast(x, tf.int32), tf.cast(y, tf.int32)), tf.int64)
 
     return compute
 

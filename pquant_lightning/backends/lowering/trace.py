@@ -3,6 +3,7 @@
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -299,12 +300,10 @@ def _why(model: nn.Module, error: Exception, axes: dict[str, dict[int, str]]) ->
             f"{name} cannot be exported: its forward decides by the values of tensors (a Python `if`, .item() or a "
             f"loop over them). Use torch.where or torch.cond instead. {where}\n{text.splitlines()[0]}"
         )
-    if "Constraint" in type(error).__name__ or "specialized" in text:
-        open_sizes = sorted({size for sizes in axes.values() for size in sizes.values()})
-        first = next((line.strip(" -") for line in text.splitlines() if "specialized" in line or "must" in line), text)
+    if found := re.search(r"marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)", text):
         return (
-            f"{name} fixes a size that is to be open ({', '.join(open_sizes)}): {first} Use x.shape in forward instead "
-            "of a number, or say which sizes are open: dynamic_axes={'input': {0: 'batch'}} (or {} for none)."
+            f"The forward of {name} fixes the size {found[1]!r} to {found[2]}, and it is to be open. Use x.shape there "
+            "instead of a number, or say which sizes are open: dynamic_axes={'input': {0: 'batch'}} ({} for none)."
         )
     return f"torch.export cannot trace {name}: {type(error).__name__}: {text[:600]}"
 
