@@ -54,6 +54,11 @@ def load_batches(test: bool) -> tuple[Batches, Batches]:
     return _tokenized(texts[:COUNT]), _tokenized(scored)
 
 
+def load_training(count: int) -> Batches:
+    """Batches of other sentences, to train on."""
+    return _tokenized(_sentences(3 * COUNT + count)[3 * COUNT :])
+
+
 @torch.no_grad()
 def embeddings(model: nn.Module, batches: Batches) -> Tensor:
     """`(sentences, 384)`."""

@@ -1,5 +1,7 @@
 """`.onnx` for onnxruntime: integer layers as operations that it computes in integers."""
 
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -7,7 +9,7 @@ import torch
 from torch import nn
 
 from pquant_lightning.backends.base import as_numpy, require
-from pquant_lightning.backends.lowering.trace import Traced, quietly
+from pquant_lightning.backends.lowering.trace import Traced, quietly, with_tensors
 from pquant_lightning.core.errors import ModelError
 from pquant_lightning.exporters._onnx_layers import with_onnx_layers
 from pquant_lightning.exporters.base import Exporter, Run
@@ -24,15 +26,15 @@ class OnnxExporter(Exporter):
     bits: ClassVar[dict[int, str]] = {8: "int8", 4: "MatMulNBits"} | dict.fromkeys((2, 3, 5, 6, 7), "packed")
 
     def twin(self, model: nn.Module) -> nn.Module:
-        return with_onnx_layers(model)
+        twin = with_onnx_layers(model)
+        return deepcopy(twin).float() if _brain_floats(model) else twin
 
     def write(self, traced: Traced, path: Path) -> None:
         onnx = require("onnx", "onnx")
-        program = traced.program
         with quietly():
             try:
                 made: Any = torch.onnx.export(
-                    program,
+                    _in_32_bits(traced).exported,
                     dynamo=True,
                     verbose=False,
                     optimize=False,
@@ -51,6 +53,7 @@ class OnnxExporter(Exporter):
             raise ModelError(
                 f"The model takes {model.ByteSize():,} bytes, and an ONNX file holds 2 GB: export to 'pt2'."
             )
+        _shorten(model, _brain_floats(traced.model))
         onnx.checker.check_model(model, full_check=True)
         path.write_bytes(model.SerializeToString())
 
@@ -62,7 +65,8 @@ class OnnxExporter(Exporter):
         kept = {found.name for found in session.get_inputs()}
 
         def run(inputs: Any) -> list[Any]:
-            given = {name: as_numpy(x) for name, x in zip(traced.inputs, inputs, strict=True) if name in kept}
+            tensors = [x.float() if x.dtype is torch.bfloat16 else x for x in inputs]
+            given = {name: as_numpy(x) for name, x in zip(traced.inputs, tensors, strict=True) if name in kept}
             found: list[Any] = session.run(list(traced.outputs), given)
             return found
 
@@ -73,6 +77,34 @@ class OnnxExporter(Exporter):
         names = onnx.TensorProto.DataType
         graph = onnx.load(path).graph
         return {t.name: (names.Name(t.data_type).lower(), len(t.raw_data)) for t in graph.initializer}
+
+
+def _brain_floats(model: nn.Module) -> set[str]:
+    """Names of the tensors in bfloat16, which onnxruntime stores but hardly computes with."""
+    return {name for name, tensor in model.state_dict().items() if getattr(tensor, "dtype", None) is torch.bfloat16}
+
+
+def _in_32_bits(traced: Traced) -> Traced:
+    if not _brain_floats(traced.model):
+        return traced
+    tensors = [x.float() if x.dtype is torch.bfloat16 else x for x in traced.tensors]
+    args, kwargs = with_tensors((traced.args, traced.kwargs), tensors)
+    return replace(traced, args=args, kwargs=kwargs)
+
+
+def _shorten(model: Any, names: set[str]) -> None:
+    """Stores tensors of these names in bfloat16, as they were, and casts them where they are used."""
+    onnx = require("onnx", "onnx")
+    brain = require("ml_dtypes", "onnx").bfloat16
+    for tensor in model.graph.initializer:
+        if tensor.name in names and tensor.data_type == onnx.TensorProto.FLOAT:
+            values = onnx.numpy_helper.to_array(tensor).astype(brain)
+            short = onnx.helper.make_tensor(
+                f"{tensor.name}.bfloat16", onnx.TensorProto.BFLOAT16, values.shape, values.tobytes(), raw=True
+            )
+            cast = onnx.helper.make_node("Cast", [short.name], [tensor.name], to=onnx.TensorProto.FLOAT)
+            tensor.CopyFrom(short)
+            model.graph.node.insert(0, cast)
 
 
 def _reason(error: Exception) -> str:

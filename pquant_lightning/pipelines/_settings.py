@@ -58,6 +58,7 @@ class GuardSettings:
             )
 
 
+_FOR_COMMANDS = ("model", "data")  # `{class_path, init_args}`, which the command line reads
 _GUARD_KEYS = ("monitor", "max_drop", "mode")
 _OTHER_KEYS = ("budget", *_GUARD_KEYS)
 
@@ -82,8 +83,9 @@ class Settings:
         if not isinstance(config, dict) or "compression" not in config:
             raise OptionError(f"Missing required key: 'compression'. The sections are {', '.join(SECTIONS)}.")
         for section in config:
-            if section not in SECTIONS:
-                raise OptionError(f"Unknown section {section!r} in the configuration. {known(section, SECTIONS)}")
+            sections = (*SECTIONS, *_FOR_COMMANDS)
+            if section not in sections:
+                raise OptionError(f"Unknown section {section!r} in the configuration. {known(section, sections)}")
         compression = config["compression"]
         names = compression.get("methods") if isinstance(compression, dict) else None
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):

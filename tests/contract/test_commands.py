@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from examples.digits import DigitsConvNet
 from pquant_lightning import QATCallback, load_compressed, save_compressed
 from pquant_lightning._commands import COMMANDS
 from pquant_lightning.cli import main
@@ -251,3 +252,29 @@ def test_compressed_files_are_tested_without_callbacks(tmp_path: Path) -> None:
         for command in ("test", "validate"):
             quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
             main([command, *MODEL, *DATA, "--ckpt_path", str(tmp_path / name), *quiet])
+
+
+def test_the_configuration_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    repository = Path(__file__).parents[2]
+    config = yaml.safe_load((repository / "configs/pipeline/digits.yaml").read_text("utf-8"))
+    config["training"]["epochs"] = 1
+    Path("digits.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.syspath_prepend(str(repository))
+    data = as_json(capsys, "compress", "--config", "digits.yaml", "--output", "digits.safetensors")
+    assert data["report"]["size_ratio"] < 0.35
+    kinds = {layer.kind for layer in compressed_layers(load_compressed(DigitsConvNet, data["path"])).values()}
+    assert kinds >= {"low_rank_conv", "int_conv2d"}
+    found = as_json(capsys, "evaluate", "--config", "digits.yaml", "--compressed", "digits.safetensors")
+    assert {"accuracy", "latency"} <= set(found["metrics"])
+
+
+@pytest.mark.parametrize("kind", ["onnx", "safetensors"])
+def test_export(kind: str, dense: Path, capsys: Any) -> None:
+    given = [*MODEL, *DATA, "--ckpt_path", str(dense), "--format", kind, "--output", f"net.{kind}"]
+    data = as_json(capsys, "export", *given)
+    assert Path(data["path"]).stat().st_size == data["size_bytes"]
+    assert data["max_error"] < 1e-5
+    with pytest.raises(SystemExit, match="exists; choose another path"):
+        main(["export", *given])
+    main(["export", *given, "--overwrite", "--dynamic_axes", "{x: {0: samples}}", "--no_verify"])
+    assert "float weights" in capsys.readouterr().out

@@ -76,7 +76,7 @@ def test_an_artefact_that_computes_something_else(tmp_path: Path, monkeypatch: p
 
 def test_integers_that_have_become_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = compress_model(net(), "ptq", scheme="dynamic", min_saving=0.0)
-    monkeypatch.setattr(EXPORTERS["pt2"], "weight_types", lambda path: {"weight": ("float32", 1000)})
+    monkeypatch.setattr(EXPORTERS["pt2"], "weight_types", lambda path: {"weight": ("float32", 2000)})
     with pytest.raises(ExportError, match="holds 0 bytes of integers, and the integer weights of the model take 360"):
         export_model(small, X, tmp_path / "net.pt2", "pt2")
 

@@ -137,6 +137,7 @@ def test_integers_of_transformers(name: str, kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2", "jax", "tensorflow"])
 def test_weights_of_16_bits(kind: str, tmp_path: Path) -> None:
-    model, inputs = made("bert")
-    result = export_model(model.bfloat16(), inputs, tmp_path / "model", kind)
-    assert result.ratio < 0.75
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.LayerNorm(512), nn.Linear(512, 256)).bfloat16()
+    result = export_model(model, torch.randn(3, 256).bfloat16(), tmp_path / "model", kind)
+    assert result.ratio < 0.55

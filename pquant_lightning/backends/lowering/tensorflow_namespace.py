@@ -29,11 +29,12 @@ class TensorFlowNamespace(Namespace):
     """Arrays are `tf.Tensor`; open sizes are int32 scalars of `tf.shape`.
 
     Args:
-        lite: only operations that TFLite has, too; quotients of integers then fit in 32 bits.
+        lite: only operations that TFLite has, too: quotients of integers then fit in 32 bits, and recurrent layers over
+            a fixed number of steps are unrolled.
     """
 
     def __init__(self, lite: bool = False) -> None:
-        bits = tf.bitwise
+        bits, self.lite = tf.bitwise, lite
         self.unary = {
             **{name: getattr(tf.math, name) for name in _MATH_UNARY},
             "bitwise_not": lambda x: tf.logical_not(x) if x.dtype == tf.bool else bits.invert(x),
@@ -257,7 +258,9 @@ class TensorFlowNamespace(Namespace):
         self, step: Callable[[tuple[Array, ...], Array], tuple[Array, ...]], start: tuple[Array, ...], xs: Array
     ) -> tuple[Array, tuple[Array, ...]]:
         length = self.shape(xs)[0]
-        found = tf.TensorArray(xs.dtype, size=length)
+        if self.lite and isinstance(length, int):  # its loops want all sizes fixed
+            return self._unrolled(step, start, tf.unstack(xs))
+        found = tf.TensorArray(xs.dtype, size=length, element_shape=start[0].shape)
 
         def once(i: Array, state: tuple[Array, ...], outputs: Any) -> tuple[Array, tuple[Array, ...], Any]:
             new = step(state, xs[i])
@@ -265,6 +268,13 @@ class TensorFlowNamespace(Namespace):
 
         _, last, outputs = tf.while_loop(lambda i, *rest: i < length, once, (tf.constant(0), tuple(start), found))
         return outputs.stack(), last
+
+    def _unrolled(self, step: Any, start: tuple[Array, ...], xs: Sequence[Array]) -> tuple[Array, tuple[Array, ...]]:
+        state, outputs = tuple(start), []
+        for x in xs:
+            state = step(state, x)
+            outputs.append(state[0])
+        return tf.stack(outputs), state
 
     def quantize(self, x: Array, scale: Any, zero_point: Any, low: int, high: int, dtype: torch.dtype) -> Array:
         inverse = tf.cast(1 / numpy.float32(scale) if isinstance(scale, float) else 1 / scale, tf.float32)

@@ -69,6 +69,11 @@ class Traced:
         return found
 
     @property
+    def exported(self) -> ExportedProgram:
+        """The graph as `torch.export` gives it, which may write in place."""
+        return self._exported[0]
+
+    @cached_property
     def program(self) -> ExportedProgram:
         """The graph of aten operations, without mutation and not decomposed further.
 
@@ -76,7 +81,8 @@ class Traced:
             ModelError: the forward decides by values of tensors, fixes a size that is to be open, or writes into the
                 model.
         """
-        return self._exported[0]
+        with quietly(), torch.no_grad():
+            return self.exported.run_decompositions({})
 
     @property
     def largest(self) -> dict[str, int]:
@@ -144,7 +150,7 @@ def finalized_copy(model: nn.Module) -> nn.Module:
         model = dict(iter_deployed(model))[""]
     else:
         deploy(model)
-    return model.eval().cpu()
+    return model.eval().cpu().requires_grad_(False)  # attention takes another way where a mask has a gradient
 
 
 def _names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -248,7 +254,7 @@ def _export(
         try:
             with quietly(), torch.no_grad():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-                return program.run_decompositions({}), _limits(shapes)
+                return program, _limits(shapes)
         except Exception as error:  # torch raises many types, some of them private
             narrower = _narrowed(shapes, error)
             if narrower is None:

@@ -4,7 +4,7 @@ A layer computes in integers where its spec says `kernel: integer`, and otherwis
 first. Where a gradient is asked for, or a program is exported, it also takes the second way, which is plain torch.
 """
 
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,6 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
     parameter_buffers = ("codes", "bias")
     derived_tensors = ("codes", "scale", "zero")
     shape: torch.Size
-    weight: Tensor
     _ready: dict[str, Any] | None
     _grid: Grid | None
     codes: Tensor
@@ -131,6 +130,15 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
 
     def dense_weight(self) -> Tensor:
         return dequantize(self.weight_codes(), self.scale, self.axis, self.zero).to(self.like.dtype)
+
+    if TYPE_CHECKING:
+        weight: Tensor
+    else:
+
+        @property
+        def weight(self) -> Tensor:
+            """The weight in floating point, computed; read-only."""
+            return self.dense_weight()
 
     def described(self) -> str:
         return describe(self.spec)
