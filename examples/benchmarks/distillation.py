@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from sentences import COUNT, PATTERN, SentenceEncoder, embeddings, load_batches, load_training, missing
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from pquant_lightning import DistillationCallback, LowRankCallback, compress_model
 
@@ -64,7 +65,7 @@ def trained(steps: int, lr: float, data_aware: bool, loss: dict[str, Any], data:
         enable_model_summary=False,
         callbacks=[LowRankCallback(**options), DistillationCallback(weight=1.0, **loss)],
     )
-    trainer.fit(module, data)
+    trainer.fit(module, DataLoader(data, batch_size=None, shuffle=True))
     return module.eval()
 
 

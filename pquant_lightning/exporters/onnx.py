@@ -34,7 +34,7 @@ class OnnxExporter(Exporter):
         with quietly():
             try:
                 made: Any = torch.onnx.export(
-                    _in_32_bits(traced).exported,
+                    _in_32_bits(traced).program,
                     dynamo=True,
                     verbose=False,
                     optimize=False,

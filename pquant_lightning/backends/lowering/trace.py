@@ -69,11 +69,6 @@ class Traced:
         return found
 
     @property
-    def exported(self) -> ExportedProgram:
-        """The graph as `torch.export` gives it, which may write in place."""
-        return self._exported[0]
-
-    @cached_property
     def program(self) -> ExportedProgram:
         """The graph of aten operations, without mutation and not decomposed further.
 
@@ -81,8 +76,7 @@ class Traced:
             ModelError: the forward decides by values of tensors, fixes a size that is to be open, or writes into the
                 model.
         """
-        with quietly(), torch.no_grad():
-            return self.exported.run_decompositions({})
+        return self._exported[0]
 
     @property
     def largest(self) -> dict[str, int]:
@@ -254,7 +248,7 @@ def _export(
         try:
             with quietly(), torch.no_grad():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-                return program, _limits(shapes)
+                return program.run_decompositions({}), _limits(shapes)
         except Exception as error:  # torch raises many types, some of them private
             narrower = _narrowed(shapes, error)
             if narrower is None:
