@@ -10,6 +10,8 @@ from pquant_lightning.backends.lowering.trace import Traced, quietly
 from pquant_lightning.core._private import quantized_decomposed
 from pquant_lightning.exporters.base import Exporter, Run, run_in_torch
 
+_SOURCES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+
 
 class Pt2Exporter(Exporter):
     """`torch.export.save` of plain aten operations."""
@@ -18,7 +20,12 @@ class Pt2Exporter(Exporter):
 
     def write(self, traced: Traced, path: Path) -> None:
         with quietly():
-            torch.export.save(traced.program.run_decompositions(_plain_grids()), path)
+            program = traced.program.run_decompositions(_plain_grids())
+            for node in program.graph.nodes:
+                for key in _SOURCES:  # the lines of Python take more room than a small graph
+                    node.meta.pop(key, None)
+            with path.open("wb") as file:  # by a path, its name would be inside
+                torch.export.save(program, file)
 
     def open(self, path: Path, traced: Traced) -> Run:
         module = torch.export.load(path).module()

@@ -1,0 +1,139 @@
+"""What exported files take and how fast they run: sizes by format, and int8 in onnxruntime against its own quantizers.
+
+    python examples/benchmarks/export.py [--only sizes speed] [--rounds 9] [--quick]
+
+sizes: bytes of a 4 x 1024 MLP in each format relative to its float32 parameters, and the largest error that
+`export_model` has measured. speed: our ONNX files of `compress_model(model, "ptq", ...)` in onnxruntime, one thread,
+against fp32 and against onnxruntime's `quantize_dynamic` and `quantize_static` (QDQ, a scale per channel, as ours) of
+the same model; medians of ratios, contenders in turns.
+"""
+
+import argparse
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from common import linear_encoder, mlp, print_table, relative_times, resnet18
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor, nn
+
+from pquant_lightning import compress_model, export_model
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "8 bit": {"scheme": "dynamic"},
+    "8 bit, static": {"scheme": "static"},
+    "4 bit in groups of 32": {"bits": 4, "scheme": "weight_only", "group_size": 32},
+}
+FORMATS = ("onnx", "pt2", "safetensors", "tensorflow", "tflite", "jax")
+MODELS = {
+    "MLP 784-1024-1024-10": (mlp, (784,)),
+    "MLP 4 x 1024": (lambda: wide(), (1024,)),
+    "encoder": (linear_encoder, (128, 384)),
+    "ResNet-18": (resnet18, (3, 32, 32)),
+}
+
+
+def wide() -> nn.Module:
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.Linear(1024, 1024), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def sizes(folder: Path) -> Iterator[list[str]]:
+    """One row per scheme: share of the bytes in each format, and the largest error."""
+    torch.manual_seed(0)
+    model, x = wide().eval(), torch.randn(64, 1024)
+    yield ["weights", *FORMATS]
+    for name, options in {"float32": None, **SCHEMES}.items():
+        small = model if options is None else compress_model(model, "ptq", train_loader=[x], **options)
+        figures = []
+        for kind in FORMATS:
+            if kind == "tflite" and options is not None and options.get("bits") == 4:
+                figures.append("no such type")
+                continue
+            result = export_model(small, x[:2], folder / f"{name}.{kind}", kind)
+            figures.append(f"{result.ratio:.3f} ({result.max_error:.0e})")
+        yield [name, *figures]
+
+
+def session(path: Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+class Batches(CalibrationDataReader):
+    """The calibration data as onnxruntime's quantizer reads them."""
+
+    def __init__(self, name: str, x: Tensor) -> None:
+        self.left = iter([{name: x.numpy()}])
+
+    def get_next(self) -> Any:
+        return next(self.left, None)
+
+
+def quantized_by_onnxruntime(folder: Path, x: Tensor) -> dict[str, Path]:
+    """The fp32 file of a model quantized by onnxruntime's own tools."""
+
+    clean, dynamic, static = (folder / f"{name}.onnx" for name in ("clean", "ort_dynamic", "ort_static"))
+    quant_pre_process(folder / "float.onnx", clean, skip_symbolic_shape=True)
+    quantize_dynamic(clean, dynamic, weight_type=QuantType.QInt8, per_channel=True)
+    name = session(clean).get_inputs()[0].name
+    kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(clean, static, Batches(name, x), quant_format=QuantFormat.QDQ, per_channel=True, **kinds)
+    return {"onnxruntime dynamic": dynamic, "onnxruntime static": static}
+
+
+def speed(folder: Path, rounds: int, quick: bool) -> Iterator[list[str]]:
+    """One row per model and batch: times faster than fp32, and our time / onnxruntime's."""
+    yield ["model", "batch", "dynamic: x fp32", "/ onnxruntime's", "static: x fp32", "/ onnxruntime's"]
+    for title, (build, shape) in list(MODELS.items())[: 1 if quick else None]:
+        torch.manual_seed(0)
+        model = build()
+        x = torch.randn(64, *shape)
+        with torch.no_grad():
+            model.train()(x)  # batch norms see data
+        model.eval()
+        export_model(model, x[:2], folder / "float.onnx", overwrite=True)
+        paths = {"float": folder / "float.onnx"}
+        for name in ("dynamic", "static"):
+            small = compress_model(model, "ptq", train_loader=[x], scheme=name)
+            paths[name] = export_model(small, x[:2], folder / f"{name}.onnx", overwrite=True).path
+        sessions = {k: session(path) for k, path in (paths | quantized_by_onnxruntime(folder, x)).items()}
+        for batch in (1, 16):
+            runs = {k: partial(s.run, None, {s.get_inputs()[0].name: x[:batch].numpy()}) for k, s in sessions.items()}
+            times = relative_times(runs, rounds)
+            figures = []
+            for name in ("dynamic", "static"):
+                figures += [f"{1 / times[name]:.1f}", f"{times[name] / times[f'onnxruntime {name}']:.2f}"]
+            yield [title, str(batch), *figures]
+
+
+def main() -> None:
+    """Reads the command line and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=["sizes", "speed"], default=["sizes", "speed"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="speed of the first model only, for CI")
+    options = parser.parse_args()
+    for logger in ("pquant_lightning", "root"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if "sizes" in options.only:
+            print_table("Bytes / float32 parameters (largest error)", sizes(Path(folder)))
+        if "speed" in options.only:
+            print_table("int8 in onnxruntime", speed(Path(folder), options.rounds, options.quick))
+
+
+if __name__ == "__main__":
+    main()
