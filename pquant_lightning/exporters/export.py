@@ -1,12 +1,11 @@
 """`export_model`: a finalized copy of a model in another format, opened again and compared."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pquant_lightning.backends.lowering.trace import Axes, Traced, trace
+from pquant_lightning.backends.lowering.trace import Axes, trace
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.deploy import dense_form
 from pquant_lightning.core.errors import OptionError, known
@@ -19,8 +18,6 @@ from pquant_lightning.exporters.safetensors import SafetensorsExporter
 from pquant_lightning.exporters.tensorflow import TensorFlowExporter
 from pquant_lightning.exporters.tflite import TfliteExporter
 from pquant_lightning.exporters.verify import check_integers, compare
-
-log = logging.getLogger(__name__)
 
 EXPORTERS: dict[str, Exporter] = {
     "onnx": OnnxExporter(),
@@ -98,13 +95,8 @@ def export_model(
         integers = check_integers(exporter, temporary, traced)
         error = compare(exporter, temporary, traced) if verify else None
     size = size_of(path)
-    result = ExportResult(path, format, size, size / max(_float32_bytes(model), 1), error, integers, *_names(traced))
-    log.info("%s", result)
-    return result
-
-
-def _names(traced: Traced) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return traced.inputs, traced.outputs
+    ratio = size / max(_float32_bytes(model), 1)
+    return ExportResult(path, format, size, ratio, error, integers, traced.inputs, traced.outputs)
 
 
 def _check_bits(exporter: Exporter, format: str, model: nn.Module) -> None:  # noqa: A002

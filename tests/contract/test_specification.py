@@ -1,7 +1,4 @@
-"""The specification's own snippets, with only the package name changed, as far as their methods exist in this release.
-
-Not there yet: `quantization` and `tensor_train` in the registry, and the three backends.
-"""
+"""The specification's own snippets, with only the package name changed."""
 
 import copy
 from pathlib import Path
@@ -18,6 +15,7 @@ from pquant_lightning import (
     LayerAdapter,
     LowRankCompression,
     compress_model,
+    get_backend,
 )
 from pquant_lightning.methods.low_rank.svd import TruncatedSVDLinear
 
@@ -99,6 +97,23 @@ def test_layer_adapter(model: nn.Module) -> None:
     new = nn.Linear(256, 10)
     adapter.replace_layer(model, "3", new)
     assert model[3] is new
+
+
+@pytest.mark.parametrize("framework", ["pytorch", "tensorflow", "jax"])
+def test_backends(framework: str) -> None:
+    backend = get_backend(framework)
+    config = {"in_channels": 3, "out_channels": 4, "kernel_size": 3}
+    for layer_type, options, x in (
+        ("linear", {"in_features": 6, "out_features": 4}, torch.ones(2, 6)),
+        ("conv2d", config, torch.ones(2, 3, 8, 8)),
+    ):
+        layer = backend.create_layer(layer_type, options)
+        weights = backend.get_weights(layer)
+        backend.set_weights(layer, {name: 0 * values for name, values in weights.items()})
+        output: Any = backend.forward(layer, x)
+        assert output.shape[1] == 4
+        assert abs(output).max() == 0
+    assert type(get_backend()) is type(get_backend("pytorch"))
 
 
 def test_config_manager(tmp_path: Path, model: nn.Module) -> None:
