@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -110,9 +111,9 @@ def test_backends(framework: str) -> None:
         layer = backend.create_layer(layer_type, options)
         weights = backend.get_weights(layer)
         backend.set_weights(layer, {name: 0 * values for name, values in weights.items()})
-        output: Any = backend.forward(layer, x)
-        assert output.shape[1] == 4
-        assert abs(output).max() == 0
+        output = numpy.asarray(backend.forward(layer, x))
+        assert output.shape[:2] == (2, 4)
+        assert not output.any()
     assert type(get_backend()) is type(get_backend("pytorch"))
 
 
