@@ -10,6 +10,7 @@ from pquant_lightning.backends.base import Backend, Weights, as_numpy, checked_w
 from pquant_lightning.backends.lowering.program import to_function
 from pquant_lightning.backends.lowering.trace import Axes, Traced, trace
 from pquant_lightning.backends.pytorch import PyTorchBackend, stored_names
+from pquant_lightning.core._private import pytree
 
 JaxFunction = Callable[..., Any]
 
@@ -47,18 +48,12 @@ def lower_to_jax(traced: Traced) -> tuple[JaxFunction, dict[str, Any]]:
     params = {name: ns.asarray(as_numpy(tensor)) for name, tensor in weights.items()}
 
     def function(params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        arrays = [value for value in _leaves((args, kwargs)) if ns.is_array(value)]
+        arrays = [value for value in pytree.tree_leaves(traced.ordered(args, kwargs)) if ns.is_array(value)]
         if len(arrays) != len(traced.inputs):
             raise TypeError(f"The model takes {', '.join(traced.inputs)}; got {len(arrays)} arrays.")
         return named(traced, run(params, arrays))
 
     return function, params
-
-
-def _leaves(value: Any) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(value)
 
 
 def named(traced: Traced, values: list[Any]) -> Any:

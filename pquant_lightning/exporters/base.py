@@ -20,6 +20,9 @@ from pquant_lightning.core.errors import PQuantError
 Run = Callable[[Sequence[Tensor]], list[numpy.ndarray[Any, Any]]]
 
 
+PACKED = {8: "int8"} | dict.fromkeys((2, 3, 4, 5, 6, 7), "packed, and unpacked as the graph runs")  # bits of weights
+
+
 class ExportError(PQuantError):
     """An artefact cannot be written, or is not what the model is."""
 

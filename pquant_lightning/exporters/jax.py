@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -11,7 +11,7 @@ from torch import Tensor
 from pquant_lightning.backends.base import as_numpy, require
 from pquant_lightning.backends.lowering.program import to_function
 from pquant_lightning.backends.lowering.trace import Traced
-from pquant_lightning.exporters.base import Exporter, Run
+from pquant_lightning.exporters.base import PACKED, Exporter, Run
 from pquant_lightning.exporters.safetensors import safetensors_types
 
 PROGRAM, PARAMS, META = "program.stablehlo", "params.safetensors", "meta.json"
@@ -24,7 +24,7 @@ class JaxExporter(Exporter):
     is_directory = True
     extra = "jax"
     packages = ("jax",)
-    bits: ClassVar[dict[int, str]] = {8: "int8"} | dict.fromkeys((2, 3, 4, 5, 6, 7), "packed")
+    bits = PACKED
 
     def write(self, traced: Traced, path: Path) -> None:
         import jax

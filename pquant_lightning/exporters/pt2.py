@@ -1,14 +1,14 @@
 """`.pt2`: a graph of `torch.export`, which runs without this package; the archival form with a program."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pquant_lightning.backends.lowering.trace import Traced, quietly
 from pquant_lightning.core._private import quantized_decomposed
-from pquant_lightning.exporters.base import Exporter, Run, run_in_torch
+from pquant_lightning.exporters.base import PACKED, Exporter, Run, run_in_torch
 
 _SOURCES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 
@@ -16,7 +16,7 @@ _SOURCES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "fr
 class Pt2Exporter(Exporter):
     """`torch.export.save` of plain aten operations."""
 
-    bits: ClassVar[dict[int, str]] = {8: "int8"} | dict.fromkeys((2, 3, 4, 5, 6, 7), "packed")
+    bits = PACKED
 
     def write(self, traced: Traced, path: Path) -> None:
         with quietly():

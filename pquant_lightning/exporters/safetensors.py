@@ -2,7 +2,6 @@
 
 from copy import deepcopy
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from safetensors import safe_open
@@ -11,13 +10,13 @@ from pquant_lightning.backends.lowering.trace import Traced
 from pquant_lightning.core.compressed_layer import install_hook
 from pquant_lightning.core.deploy import dense_form
 from pquant_lightning.core.serialization import artifact_metadata, read_artifact, write_artifact
-from pquant_lightning.exporters.base import Exporter, Run, run_in_torch
+from pquant_lightning.exporters.base import PACKED, Exporter, Run, run_in_torch
 
 
 class SafetensorsExporter(Exporter):
     """The file that `save_compressed` writes."""
 
-    bits: ClassVar[dict[int, str]] = {8: "int8"} | dict.fromkeys((2, 3, 4, 5, 6, 7), "packed")
+    bits = PACKED
 
     def write(self, traced: Traced, path: Path) -> None:
         write_artifact(traced.model, path, artifact_metadata(traced.model))

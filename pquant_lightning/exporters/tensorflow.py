@@ -2,12 +2,12 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pquant_lightning.backends.base import as_numpy, require
 from pquant_lightning.backends.lowering.trace import Traced, quietly
 from pquant_lightning.backends.tensorflow import lower_to_tensorflow
-from pquant_lightning.exporters.base import Exporter, Run
+from pquant_lightning.exporters.base import PACKED, Exporter, Run
 
 
 class TensorFlowExporter(Exporter):
@@ -16,7 +16,7 @@ class TensorFlowExporter(Exporter):
     is_directory = True
     extra = "tensorflow"
     packages = ("tensorflow",)
-    bits: ClassVar[dict[int, str]] = {8: "int8"} | dict.fromkeys((2, 3, 4, 5, 6, 7), "packed")
+    bits = PACKED
 
     def write(self, traced: Traced, path: Path) -> None:
         tf = require("tensorflow", "tensorflow")
@@ -39,13 +39,12 @@ class TensorFlowExporter(Exporter):
 
     def open(self, path: Path, traced: Traced) -> Run:
         tf = require("tensorflow", "tensorflow")
-        model = tf.saved_model.load(str(path))
-        serve = model.signatures["serving_default"]
+        model = tf.saved_model.load(str(path))  # which the signature alone would not keep alive
 
         def run(inputs: Any) -> list[Any]:
             given = {name: tf.constant(as_numpy(x)) for name, x in zip(traced.inputs, inputs, strict=True)}
-            found = serve(**given)
-            return [found[name].numpy() for name in traced.outputs] if model is not None else []
+            found = model.signatures["serving_default"](**given)
+            return [found[name].numpy() for name in traced.outputs]
 
         return run
 

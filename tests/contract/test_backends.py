@@ -112,6 +112,19 @@ def test_several_outputs_have_names() -> None:
     np.testing.assert_allclose(found["product"], X * X)
 
 
+def test_arguments_may_come_in_any_order() -> None:
+    class Difference(nn.Module):
+        def forward(self, second: Tensor, first: Tensor, factor: float = 1.0) -> Tensor:
+            return (second - first) * factor
+
+    function, params = to_jax(Difference(), {"second": X, "first": 2 * X, "factor": 3.0})
+    for args, kwargs in (((X, 2 * X), {}), ((X,), {"first": 2 * X}), ((), {"first": 2 * X, "second": X})):
+        arrays = [x.numpy() for x in args], {name: x.numpy() for name, x in kwargs.items()}
+        np.testing.assert_allclose(function(params, *arrays[0], **arrays[1]), -3 * X)
+    with pytest.raises(TypeError, match="first"):
+        function(params, X.numpy())
+
+
 def test_an_nnx_module_trains_its_floats_and_keeps_its_integers() -> None:
     import jax.numpy as jnp
     from flax import nnx

@@ -16,7 +16,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from pquant_lightning.backends.base import as_numpy
 from pquant_lightning.backends.lowering import program
 from pquant_lightning.backends.lowering.jax_namespace import JaxNamespace
-from pquant_lightning.backends.lowering.namespace import Namespace
+from pquant_lightning.backends.lowering.namespace import BINARY, Namespace
+from pquant_lightning.backends.lowering.namespace import UNARY as UNARY_NAMES
 from pquant_lightning.backends.lowering.table import LOWERINGS, UnsupportedOperationError, register_lowering
 from pquant_lightning.backends.lowering.tensorflow_namespace import TensorFlowNamespace
 from pquant_lightning.backends.lowering.trace import tensors_in, trace
@@ -385,6 +386,13 @@ def test_operation(name: str, framework: str, monkeypatch: pytest.MonkeyPatch) -
 )
 def test_operations_that_decompositions_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(name.replace("_", " "), "tensorflow", monkeypatch, core=True)
+
+
+@pytest.mark.parametrize("framework", NAMESPACES)
+def test_a_namespace_has_all_functions(framework: str) -> None:
+    ns = NAMESPACES[framework]
+    assert set(ns.unary) == set(UNARY_NAMES)
+    assert set(ns.binary) == set(BINARY)
 
 
 def test_open_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

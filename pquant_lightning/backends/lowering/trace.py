@@ -56,6 +56,15 @@ class Traced:
         """The tensors among the example inputs, in the graph's order."""
         return tensors_in((self.args, self.kwargs))
 
+    def ordered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Other arguments of forward, in the order in which the example has its own, however they are given."""
+        signature = inspect.signature(self.model.forward)
+        given = signature.bind(*args, **kwargs).arguments
+        for parameter in signature.parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given |= given.pop(parameter.name, {})
+        return [given.get(name) for name in (*signature.bind_partial(*self.args).arguments, *self.kwargs)]
+
     @cached_property
     def _exported(self) -> tuple[ExportedProgram, dict[str, int]]:
         found = _export(self.traced, self.args, self.kwargs, self.axes, list(self.inputs))
