@@ -344,6 +344,39 @@ def collect_inputs(
     return {n: _summary(c, bins, _reduces(samples)) for n, c in collectors.items() if c.extremes is not None}
 
 
+@contextmanager
+def output_ranges(
+    model: nn.Module, names: Mapping[str, str], samples: Samples
+) -> Iterator[dict[str, tuple[float, float]]]:
+    """The least and the largest output of modules while the block runs, filled in at its end.
+
+    Args:
+        model: what runs in the block.
+        names: by the key that they get in the result, names of modules.
+        samples: what it runs on.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def hook(key: str) -> Any:
+        def call(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.numel():
+                ends = torch.stack([-output.detach().amin(), output.detach().amax()]).float()
+                seen[key] = ends if key not in seen else torch.maximum(seen[key], ends)
+
+        return call
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(key)) for key, name in names.items()]
+    found: dict[str, tuple[float, float]] = {}
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    for key, ends in seen.items():
+        low, high = reduced(ends, samples, torch.distributed.ReduceOp.MAX).tolist()
+        found[key] = (-low, high)
+
+
 def visit_inputs(
     model: nn.Module,
     names: Sequence[str],

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.surgery import replace_layer
-from pquant_lightning.methods.quantization._integer import IntLinear
+from pquant_lightning.methods.low_rank.lora import adapters
+from pquant_lightning.methods.quantization._integer import IntConv1d, IntConv2d, IntLinear
 
 _DOMAIN = "com.microsoft"
 _LEAST_BLOCK, _WHOLE_ROW = 16, 128  # of MatMulNBits: a power of two from 16 on; what a row of one scale is cut into
@@ -18,8 +19,13 @@ _LEAST_BLOCK, _WHOLE_ROW = 16, 128  # of MatMulNBits: a power of two from 16 on;
 def with_onnx_layers(model: nn.Module) -> nn.Module:
     """A copy that shares all tensors, with twins of the linear layers that onnxruntime computes in integers."""
     twin = share_copy(model)
+    adapted = tuple(f"{name}." for name in adapters(twin))  # whose convolutions they run themselves
     for name, layer in compressed_layers(twin).items():
-        if isinstance(layer, IntLinear) and (made := _twin_of(layer)) is not None:
+        if isinstance(layer, IntLinear):
+            made = _twin_of(layer)
+        else:
+            made = None if name.startswith(adapted) else _conv_twin_of(layer)
+        if made is not None:
             replace_layer(twin, name, made)
     return twin
 
@@ -33,6 +39,14 @@ def _twin_of(layer: IntLinear) -> nn.Module | None:
     if spec["bits"] == 4 and spec["act"] is None:
         return PackedLinear(layer) if _block(layer) is not None else None
     return None
+
+
+def _conv_twin_of(layer: nn.Module) -> nn.Module | None:
+    if not isinstance(layer, IntConv1d | IntConv2d) or layer.like.dtype is not torch.float32:
+        return None
+    spec = layer.spec
+    of_bytes = spec["bits"] == 8 and spec["act_bits"] == 8 and spec["act"] == "static" and spec["kernel"] == "integer"
+    return QuantizedConv(layer) if of_bytes and "output_range" in spec else None
 
 
 def _block(layer: IntLinear) -> int | None:
@@ -124,3 +138,49 @@ def _nibbles(levels: Tensor) -> Tensor:
     if levels.shape[1] % 2:
         levels = nn.functional.pad(levels, (0, 1))
     return (levels[:, 0::2] | (levels[:, 1::2] << 4)).contiguous()
+
+
+class QuantizedConv(nn.Module):
+    """A convolution between grids of its input and its output, which onnxruntime fuses to QLinearConv."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = [layer]  # for its way to convolve; its tensors are here
+        scale, zero = layer.act_grid
+        both = layer.scale.squeeze(1) * scale
+        bias = torch.zeros_like(both) if layer.bias is None else layer.bias.float()
+        low, high = layer.spec["output_range"]
+        low, high = min(low, 0.0), max(high, 0.0)
+        step = max(high - low, 1e-8) / 255
+        for name, tensor in {
+            "codes": layer.codes,
+            "scale": layer.scale.squeeze(1).clone(),
+            "bias": (bias / both).round().to(torch.int32),
+            "bias_scale": both,
+            "act_scale": scale.clone(),
+            "act_zero": zero.to(torch.uint8),
+            "out_scale": torch.tensor(step, dtype=torch.float32),
+            "out_zero": torch.tensor(round(-low / step), dtype=torch.uint8),
+        }.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _on_grid(x, self.act_scale, self.act_zero)
+        weight = _dequantized(self.codes, self.scale, None, axis=0)
+        y = self.layer[0].compute(x, weight, _dequantized(self.bias, self.bias_scale, None, axis=0))
+        return _on_grid(y, self.out_scale, self.out_zero)
+
+
+def _on_grid(x: Tensor, scale: Any, zero: Any) -> Tensor:
+    codes = torch.onnx.ops.symbolic(
+        "::QuantizeLinear", (x, scale, zero), {}, dtype=torch.uint8, shape=x.shape, version=18
+    )
+    return _dequantized(codes, scale, zero)
+
+
+def _dequantized(codes: Any, scale: Any, zero: Any, **attributes: int) -> Tensor:
+    inputs = (codes, scale) if zero is None else (codes, scale, zero)
+    given = dict[str, Any](attributes)
+    return torch.onnx.ops.symbolic(
+        "::DequantizeLinear", inputs, given, dtype=torch.float32, shape=codes.shape, version=18
+    )

@@ -106,7 +106,8 @@ def check_integers(exporter: Exporter, path: Path, traced: Traced) -> bool:
     kinds = exporter.weight_types(path).values()
     stored, total = sum(size for kind, size in kinds if is_integer(kind)), sum(size for _, size in kinds)
     layers = [layer for layer in compressed_layers(traced.model).values() if layer.deployed]
-    wanted = sum(_code_bytes(layer, exporter.least_integers) for layer in layers)
+    codes = {id(t): t for layer in layers for t in _codes(layer)}.values()  # tied ones once
+    wanted = sum(t.numel() * t.element_size() for t in codes if t.numel() >= exporter.least_integers)
     if stored < wanted and total > 1.1 * stored_bytes(traced.model):  # what a graph makes constant it may leave out
         raise ExportError(
             f"The file holds {stored:,} bytes of integers, and the integer weights of the model take {wanted:,}: the "
@@ -115,9 +116,8 @@ def check_integers(exporter: Exporter, path: Path, traced: Traced) -> bool:
     return wanted > 0
 
 
-def _code_bytes(layer: nn.Module, least: int) -> int:
-    codes = [t for t in layer.buffers(recurse=False) if t.dtype in (torch.int8, torch.uint8)]
-    return sum(t.numel() * t.element_size() for t in codes if t.numel() >= least)
+def _codes(layer: nn.Module) -> list[Tensor]:
+    return [t for t in layer.buffers(recurse=False) if t.dtype in (torch.int8, torch.uint8)]
 
 
 def is_integer(kind: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pquant_lightning.core.affine import blocks, mse_scale
-from pquant_lightning.core.calibration import collect_inputs
+from pquant_lightning.core.calibration import collect_inputs, output_ranges
 from pquant_lightning.core.compressed_layer import compressed_layers, weight_of
 from pquant_lightning.core.compression_method import (
     CompressionContext,
@@ -26,7 +26,7 @@ from pquant_lightning.core.layer_adapter import as_torch, layer_spec
 from pquant_lightning.core.options import check_count
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
 from pquant_lightning.core.splitting import split_view
-from pquant_lightning.core.structure import relative_path
+from pquant_lightning.core.structure import absolute_path, relative_path
 from pquant_lightning.core.surgery import get_layer
 from pquant_lightning.methods.quantization._folding import fold_norms
 from pquant_lightning.methods.quantization._forms import FLOAT
@@ -222,7 +222,10 @@ class QuantizationMethod(LayerMethod):
         asking = {n: layer for n, layer in own.items() if layer.spec["act"] == "static" or layer.spec["correct_bias"]}
         if not asking or context.samples is None:
             return
-        found = collect_inputs(model, list(asking), context.samples, batch_norms=self.trains)
+        with output_ranges(model, {} if self.trains else _convolutions(asking), context.samples) as outputs:
+            found = collect_inputs(model, list(asking), context.samples, batch_norms=self.trains)
+        for name, ends in outputs.items():  # after the norm that is folded, as exporters to integer runtimes need it
+            asking[name].spec = {**asking[name].spec, "output_range": list(ends)}
         if not found and not self.trains:
             raise CalibrationError(
                 f"Calibration reached none of the layers to be quantized ({', '.join(asking)}): the model's forward, "
@@ -238,6 +241,16 @@ class QuantizationMethod(LayerMethod):
     @classmethod
     def finalize(cls, model: nn.Module) -> None:
         fold_norms(model)
+
+
+def _convolutions(layers: dict[str, QuantLayer]) -> dict[str, str]:
+    """The convolutions that will compute in integers, with the modules that give their outputs in deployed form."""
+    found = {}
+    for name, layer in layers.items():
+        if layer.spec["kernel"] == "integer" and "kernel_size" in layer.spec["layer"]:
+            norm = layer.spec["norm"]
+            found[name] = name if norm is None else absolute_path(name, norm)
+    return found
 
 
 def own_layers(model: nn.Module, by: str) -> dict[str, QuantLayer]:

@@ -390,7 +390,7 @@ def _deploy(layer: QuantLayer) -> nn.Module:
         kept.update(act_bits=FLOAT, act=None, kernel="dequantize: no input has been seen")
     dtype = str(layer.weight.dtype).removeprefix("torch.")
     extra = {"kind": layer.deployed_type.kind, "has_bias": bias is not None, "dtype": dtype}
-    carried: dict[str, Any] = {key: spec[key] for key in ("sensitivity", "measured_on") if key in spec}
+    carried: dict[str, Any] = {key: spec[key] for key in ("sensitivity", "measured_on", "output_range") if key in spec}
     final: Any = CompressedLayer.build({**kept, **carried, **extra}, layer)
     final.set_values(codes, scale, zero, bias, grid)
     if hasattr(layer, "weight_scale"):

@@ -1,0 +1,113 @@
+"""What onnxruntime makes of our ONNX files: integer layers are fused to its integer kernels, and hold our codes."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pquant_lightning import compress_model, export_model, load_compressed, save_compressed
+from pquant_lightning.core.compressed_layer import compressed_layers
+
+
+class Residual(nn.Module):
+    """Two blocks with batch norms and shortcuts, depthwise ones among them, a pooling and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.first = nn.Sequential(
+            nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1)
+        )
+        self.second = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+        self.pool, self.head = nn.MaxPool2d(2), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(x + self.first(x))
+        x = torch.relu(self.pool(x + self.second(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 40))
+
+
+def kernels(path: Path) -> Counter[str]:
+    """The operations of the graph that onnxruntime really runs."""
+    options, optimized = onnxruntime.SessionOptions(), path.with_suffix(".optimized.onnx")
+    options.optimized_model_filepath, options.log_severity_level = str(optimized), 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(optimized).graph.node)
+
+
+X = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(32, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [
+        ({"scheme": "dynamic"}, "DynamicQuantizeMatMul"),
+        ({"scheme": "static"}, "MatMulIntegerToFloat"),
+        ({"scheme": "weight_only", "bits": 4, "group_size": 16, "first_last_bits": 4}, "MatMulNBits"),
+    ],
+    ids=str,
+)
+def test_linear_layers_run_in_integers(options: dict[str, Any], kernel: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = compress_model(mlp(), "ptq", train_loader=[X], min_saving=0.0, **options)
+    result = export_model(small, X[:1], tmp_path / "net.onnx")
+    assert kernels(result.path)[kernel] == 3
+    if options.get("bits") != 4:
+        stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(result.path).graph.initializer}
+        for name, layer in compressed_layers(small).items():
+            np.testing.assert_array_equal(stored[f"{name}.codes"], layer.codes.t().numpy())
+
+
+def test_a_fractional_zero_point_of_4_bits_is_exact(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = compress_model(mlp(), "ptq", scheme="weight_only", bits=4, group_size=16, rounding="hqq", min_saving=0.0)
+    zero = small[2].zero
+    assert (zero != zero.round()).any()
+    result = export_model(small, X[:1], tmp_path / "net.onnx")
+    assert result.max_error is not None
+    assert result.max_error < 1e-5
+    assert kernels(result.path)["MatMulNBits"] >= 1
+
+
+def test_a_net_with_residuals_stays_in_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Residual().train()
+    net(IMAGES)
+    small = compress_model(net.eval(), "ptq", train_loader=[IMAGES], min_saving=0.0)
+    save_compressed(small, tmp_path / "net.safetensors")
+    loaded = load_compressed(Residual(), tmp_path / "net.safetensors")  # the ranges of the outputs are in the file
+    result = export_model(loaded, IMAGES[:1], tmp_path / "net.onnx")
+    found = kernels(result.path)
+    assert found["QLinearConv"] == 5
+    assert found["QLinearAdd"] == 2
+    assert not found["Conv"] + found["FusedConv"] + found["ConvInteger"]
+    session = onnxruntime.InferenceSession(str(result.path), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = net(IMAGES).numpy()
+    (output,) = session.run(None, {"x": IMAGES.numpy()})
+    error = np.linalg.norm(output - expected) / np.linalg.norm(expected)
+    assert error < 0.05
+
+
+def test_output_ranges_are_those_of_the_folded_norm() -> None:
+    torch.manual_seed(0)
+    net = Residual().train()
+    net(IMAGES)
+    small = compress_model(net.eval(), "ptq", train_loader=[IMAGES], min_saving=0.0)
+    with torch.no_grad():
+        output = net.stem[1](net.stem[0](IMAGES))
+    low, high = small.stem[0].spec["output_range"]
+    assert low == pytest.approx(float(output.min()), rel=1e-4)
+    assert high == pytest.approx(float(output.max()), rel=1e-4)
