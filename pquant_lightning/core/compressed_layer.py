@@ -460,7 +460,8 @@ def _tensor_at(layer: nn.Module, path: str) -> tuple[nn.Module, str, Tensor | No
     """The module that holds a tensor of a layer, its name there, and the tensor if there is one."""
     module_name, _, attribute = path.rpartition(".")
     holder = layer.get_submodule(module_name)
-    tensor = getattr(holder, attribute, None)
+    held = {**holder._parameters, **holder._buffers}  # a weight that is computed is none
+    tensor = held.get(attribute)
     return holder, attribute, tensor if isinstance(tensor, Tensor) else None
 
 
