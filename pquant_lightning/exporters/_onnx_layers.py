@@ -46,7 +46,7 @@ def _conv_twin_of(layer: nn.Module) -> nn.Module | None:
         return None
     spec = layer.spec
     of_bytes = spec["bits"] == 8 and spec["act_bits"] == 8 and spec["act"] == "static" and spec["kernel"] == "integer"
-    return QuantizedConv(layer) if of_bytes and "output_range" in spec else None
+    return QuantizedConv(layer) if of_bytes and spec["output_range"] else None
 
 
 def _block(layer: IntLinear) -> int | None:
@@ -149,7 +149,7 @@ class QuantizedConv(nn.Module):
         scale, zero = layer.act_grid
         both = layer.scale.squeeze(1) * scale
         bias = torch.zeros_like(both) if layer.bias is None else layer.bias.float()
-        low, high = layer.spec["output_range"]
+        low, high = layer.output_range.tolist()
         low, high = min(low, 0.0), max(high, 0.0)
         step = max(high - low, 1e-8) / 255
         for name, tensor in {

@@ -222,10 +222,10 @@ class QuantizationMethod(LayerMethod):
         asking = {n: layer for n, layer in own.items() if layer.spec["act"] == "static" or layer.spec["correct_bias"]}
         if not asking or context.samples is None:
             return
-        with output_ranges(model, {} if self.trains else _convolutions(asking), context.samples) as outputs:
+        with output_ranges(model, _outputs_asked(asking), context.samples) as outputs:
             found = collect_inputs(model, list(asking), context.samples, batch_norms=self.trains)
-        for name, ends in outputs.items():  # after the norm that is folded, as exporters to integer runtimes need it
-            asking[name].spec = {**asking[name].spec, "output_range": list(ends)}
+        for name, ends in outputs.items():
+            asking[name].output_range.copy_(torch.tensor(ends))
         if not found and not self.trains:
             raise CalibrationError(
                 f"Calibration reached none of the layers to be quantized ({', '.join(asking)}): the model's forward, "
@@ -243,14 +243,10 @@ class QuantizationMethod(LayerMethod):
         fold_norms(model)
 
 
-def _convolutions(layers: dict[str, QuantLayer]) -> dict[str, str]:
-    """The convolutions that will compute in integers, with the modules that give their outputs in deployed form."""
-    found = {}
-    for name, layer in layers.items():
-        if layer.spec["kernel"] == "integer" and "kernel_size" in layer.spec["layer"]:
-            norm = layer.spec["norm"]
-            found[name] = name if norm is None else absolute_path(name, norm)
-    return found
+def _outputs_asked(layers: dict[str, QuantLayer]) -> dict[str, str]:
+    """The layers that keep the range of their outputs, with the modules that give these in deployed form."""
+    norms = {name: layer.spec["norm"] for name, layer in layers.items() if hasattr(layer, "output_range")}
+    return {name: name if norm is None else absolute_path(name, norm) for name, norm in norms.items()}
 
 
 def own_layers(model: nn.Module, by: str) -> dict[str, QuantLayer]:

@@ -51,20 +51,21 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
     """Base of the deployed form. Its spec has `bits`, `act_bits`, `act`, `group_size`, `kernel`, `zero_point`,
-    `rounding`, `has_bias`, `dtype`.
+    `rounding`, `has_bias`, `output_range`, `dtype`.
 
     Attributes:
         codes: int8, the shape of the weight; below 8 bits packed: uint8 `(channels, bytes)` (see `affine.pack`).
         scale: float32 `(channels, groups)`.
         zero: float16 `(channels, groups)`, the code that stands for zero; None where the grid is symmetric.
         act_grid: float32 `(2,)`, scale and zero point of the inputs, where they are static.
+        output_range: float32 `(2,)`, least and largest output in calibration, where it was measured.
         bias: `(out,)` or None.
         like: empty, not stored; its dtype is the dtype of the layer's output.
     """
 
     deployed = True
     axis: ClassVar[int]
-    float32_tensors = ("scale", "zero", "act_grid")
+    float32_tensors = ("scale", "zero", "act_grid", "output_range")
     parameter_buffers = ("codes", "bias")
     derived_tensors = ("codes", "scale", "zero")
     shape: torch.Size
@@ -74,6 +75,7 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
     scale: Tensor
     zero: Tensor | None
     act_grid: Tensor
+    output_range: Tensor
     like: Tensor
 
     @classmethod
@@ -94,6 +96,8 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
         if spec["act"] == "static":
             layer.register_buffer("act_grid", torch.empty(2, dtype=torch.float32))
             quantized_decomposed()  # exporters look for these operations before they run the model
+        if spec["output_range"]:
+            layer.register_buffer("output_range", torch.empty(2, dtype=torch.float32))
         layer.register_buffer("like", torch.empty(0, dtype=_DTYPES[spec["dtype"]], device="cpu"), persistent=False)
         if not isinstance(layer, nn.Embedding):
             del layer.bias

@@ -62,13 +62,15 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
     Attributes:
         act_range: float32 `(2,)`, minimum and maximum of the inputs; (inf, -inf) before they are known.
         act_mean: float32 `(in,)`, mean of the inputs per channel.
+        output_range: float32 `(2,)`, minimum and maximum of the outputs, after the norm that is to be folded in, of
+            convolutions whose ranges are calibrated: integer runtimes round what they put out.
         active_bits: float32 `(2,)`, bits of weights and inputs that are in force.
         act_scale: `(1,)`, learned; 0 before it is known.
         act_zero: `(1,)`, zero point, learned with LSQ.
     """
 
     axis: ClassVar[int]  # the channel dimension of the weight
-    float32_tensors = ("act_range", "act_mean", "active_bits", "weight_scale", "act_scale", "act_zero")
+    float32_tensors = ("act_range", "act_mean", "output_range", "active_bits", "weight_scale", "act_scale", "act_zero")
     resizable = True
     input_tensors = ("act_mean",)
     output_tensors = ("weight_scale",)
@@ -77,6 +79,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
     weight_scale: Tensor
     act_range: Tensor
     act_mean: Tensor
+    output_range: Tensor
     active_bits: Tensor
     act_scale: Tensor
     act_zero: Tensor
@@ -104,8 +107,8 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
         if spec["weight_quantizer"] == "lsq":
             layer.weight_scale = nn.Parameter(torch.empty(layer.weight.shape[cls.axis], 1))
         if spec["act"] == "static":
+            unknown = torch.tensor([torch.inf, -torch.inf], dtype=torch.float32, device="cpu")
             if spec["act_quantizer"] == "ste":
-                unknown = torch.tensor([torch.inf, -torch.inf], dtype=torch.float32, device="cpu")
                 layer.register_buffer("act_range", unknown)
             else:
                 layer.act_scale = nn.Parameter(torch.empty(1))
@@ -114,6 +117,8 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
                     layer.act_zero = nn.Parameter(torch.empty(1))
                 else:
                     layer.register_buffer("act_zero", zero)
+            if not spec["trains"] and spec["kernel"] == "integer" and "kernel_size" in spec["layer"]:
+                layer.register_buffer("output_range", unknown.clone())
         if spec["correct_bias"]:
             channels = spec["layer"].get("in_features") or spec["layer"]["in_channels"]
             layer.register_buffer("act_mean", torch.zeros(channels, dtype=torch.float32, device="cpu"))
@@ -269,7 +274,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
         self.outdated = unmeasured and self.is_rescaled
         if unmeasured and not self.is_rescaled and self.known:
             # a checkpoint from before the calibration at the end of fit: what has been measured since stays
-            measured = ("act_range", "act_mean")
+            measured = ("act_range", "act_mean", "output_range")
             kept = {f"{prefix}{key}": getattr(self, key).clone() for key in measured if hasattr(self, key)}
             state_dict = {**state_dict, **kept}
         state_dict, self.rounded = self._stored_rounding(state_dict, prefix)
@@ -390,9 +395,12 @@ def _deploy(layer: QuantLayer) -> nn.Module:
         kept.update(act_bits=FLOAT, act=None, kernel="dequantize: no input has been seen")
     dtype = str(layer.weight.dtype).removeprefix("torch.")
     extra = {"kind": layer.deployed_type.kind, "has_bias": bias is not None, "dtype": dtype}
-    carried: dict[str, Any] = {key: spec[key] for key in ("sensitivity", "measured_on", "output_range") if key in spec}
+    extra["output_range"] = hasattr(layer, "output_range")
+    carried: dict[str, Any] = {key: spec[key] for key in ("sensitivity", "measured_on") if key in spec}
     final: Any = CompressedLayer.build({**kept, **carried, **extra}, layer)
     final.set_values(codes, scale, zero, bias, grid)
+    if hasattr(layer, "output_range"):
+        final.output_range.copy_(layer.output_range)
     if hasattr(layer, "weight_scale"):
         final.derived_tensors = ()  # its codes follow from the learned scale too
     return final
