@@ -1,4 +1,4 @@
-"""Twins of integer linear layers that onnxruntime has kernels for; they are only traced, never run in PyTorch."""
+"""Twins of integer layers that onnxruntime has kernels for; they are only traced, never run in PyTorch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +11,7 @@ from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.surgery import replace_layer
 from pquant_lightning.methods.low_rank.lora import adapters
 from pquant_lightning.methods.quantization._integer import IntConv1d, IntConv2d, IntLinear
+from pquant_lightning.methods.quantization._kernels import padding_of
 
 _DOMAIN = "com.microsoft"
 _LEAST_BLOCK, _WHOLE_ROW = 16, 128  # of MatMulNBits: a power of two from 16 on; what a row of one scale is cut into
@@ -45,8 +46,11 @@ def _conv_twin_of(layer: nn.Module) -> nn.Module | None:
     if not isinstance(layer, IntConv1d | IntConv2d) or layer.like.dtype is not torch.float32:
         return None
     spec = layer.spec
-    of_bytes = spec["bits"] == 8 and spec["act_bits"] == 8 and spec["act"] == "static" and spec["kernel"] == "integer"
-    return QuantizedConv(layer) if of_bytes and spec["output_range"] else None
+    if spec["bits"] != 8 or spec["act_bits"] != 8 or spec["kernel"] != "integer":
+        return None
+    if spec["act"] == "dynamic":
+        return DynamicConv(layer) if layer.groups == 1 else None
+    return QuantizedConv(layer) if spec["output_range"] else None
 
 
 def _block(layer: IntLinear) -> int | None:
@@ -169,6 +173,57 @@ class QuantizedConv(nn.Module):
         weight = _dequantized(self.codes, self.scale, None, axis=0)
         y = self.layer[0].compute(x, weight, _dequantized(self.bias, self.bias_scale, None, axis=0))
         return _on_grid(y, self.out_scale, self.out_zero)
+
+
+class DynamicConv(nn.Module):
+    """A convolution as a product of matrices; inputs on a grid that is found for the whole tensor as it runs.
+
+    onnxruntime's own operation for it, ConvInteger, takes longer than a convolution in floating point.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.register_buffer("codes", layer.codes.movedim(1, -1).flatten(1).t().contiguous())  # (kernel * in, out)
+        self.register_buffer("scale", layer.scale.squeeze(1))
+        self.bias, self.out = layer.bias, layer.out_channels
+        self.padding = padding_of(layer)
+        self.windows = list(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == len(self.windows) + 1:
+            return self(x[None])[0]
+        symbolic: Any = torch.onnx.ops.symbolic_multi_out
+        kinds, shapes = (torch.uint8, torch.float32, torch.uint8), (x.shape, (), ())
+        codes, scale, zero = symbolic("::DynamicQuantizeLinear", (x,), {}, dtypes=kinds, shapes=shapes, version=11)
+        if any(self.padding):
+            codes = self._padded(codes, zero)
+        places, sizes = self._patches(codes.shape[2:])
+        rows = codes.flatten(2).transpose(1, 2)  # (samples, positions, in)
+        if any(window[:2] != (1, 1) for window in self.windows):
+            rows = rows.index_select(1, places)
+        rows = rows.reshape(x.shape[0], -1, self.codes.shape[0])  # (samples, windows, kernel * in)
+        factors = (self.codes, scale, self.scale, zero, None, self.bias)
+        y = _operation("MatMulIntegerToFloat", rows, *factors, out=self.out)
+        return y.transpose(1, 2).unflatten(2, sizes)
+
+    def _padded(self, codes: Tensor, zero: Tensor) -> Tensor:
+        symbolic: Any = torch.onnx.ops.symbolic
+        ends = torch.tensor([0, 0, *self.padding] * 2)
+        shape = (*codes.shape[:2], *(size + 2 * pad for size, pad in zip(codes.shape[2:], self.padding, strict=True)))
+        return symbolic("::Pad", (codes, ends, zero), {"mode": "constant"}, dtype=torch.uint8, shape=shape, version=18)
+
+    def _patches(self, sizes: Any) -> tuple[Tensor, list[Any]]:
+        """Where the values of each window lie in an image that is flat, and how many windows there are each way."""
+        starts, offsets, counts = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), []
+        for size, (kernel, stride, dilation) in zip(sizes, self.windows, strict=True):
+            count = (size - dilation * (kernel - 1) - 1) // stride + 1
+            starts = (starts[:, None] * size + torch.arange(count) * stride).flatten()
+            offsets = (offsets[:, None] * size + torch.arange(kernel) * dilation).flatten()
+            counts.append(count)
+        return (starts[:, None] + offsets).flatten(), counts
 
 
 def _on_grid(x: Tensor, scale: Any, zero: Any) -> Tensor:

@@ -18,13 +18,14 @@ from pquant_lightning.core.compressed_layer import compressed_layers
 class Residual(nn.Module):
     """Two blocks with batch norms and shortcuts, depthwise ones among them, a pooling and a head."""
 
-    def __init__(self) -> None:
+    def __init__(self, norms: bool = False) -> None:
         super().__init__()
+        ends = [nn.BatchNorm2d(16) if norms else nn.Identity() for _ in range(2)]
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        self.first = nn.Sequential(
-            nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1)
-        )
-        self.second = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+        depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        self.first = nn.Sequential(depthwise, nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1), ends[0])
+        inner, outer = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+        self.second = nn.Sequential(inner, nn.ReLU(), outer, ends[1])
         self.pool, self.head = nn.MaxPool2d(2), nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,6 +49,15 @@ def kernels(path: Path) -> Counter[str]:
 
 X = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(32, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def error_of(path: Path, net: nn.Module, x: Tensor = IMAGES) -> float:
+    """That of the file's output, relative to the network's own."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {"x": x.numpy()})
+    with torch.no_grad():
+        expected = net(x).numpy()
+    return float(np.linalg.norm(output - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize(
@@ -93,12 +103,54 @@ def test_a_net_with_residuals_stays_in_integers(tmp_path: Path) -> None:
     assert found["QLinearConv"] == 5
     assert found["QLinearAdd"] == 2
     assert not found["Conv"] + found["FusedConv"] + found["ConvInteger"]
-    session = onnxruntime.InferenceSession(str(result.path), providers=["CPUExecutionProvider"])
-    with torch.no_grad():
-        expected = net(IMAGES).numpy()
-    (output,) = session.run(None, {"x": IMAGES.numpy()})
-    error = np.linalg.norm(output - expected) / np.linalg.norm(expected)
-    assert error < 0.05
+    assert error_of(result.path, net) < 0.05
+
+
+def test_a_trained_net_with_residuals_stays_in_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Residual(norms=True).train()
+    for _ in range(60):  # until the norms have forgotten where they started
+        net(IMAGES)
+    small = compress_model(net.eval(), "qat", train_loader=[IMAGES])
+    result = export_model(small, IMAGES[:1], tmp_path / "net.onnx")
+    found = kernels(result.path)
+    assert found["QLinearConv"] == 5
+    assert found["QLinearAdd"] == 2
+    assert not found["Conv"] + found["FusedConv"] + found["ConvInteger"]
+    assert error_of(result.path, net) < 0.05
+
+
+class Windows(nn.Module):
+    """Convolutions with strides, dilation, padding by size and by name, one by one, and in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, (3, 2), stride=(2, 1), padding=(1, 0)),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, dilation=2, padding="same"),
+            nn.ReLU(),
+            nn.Conv2d(16, 24, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(24, 16, 1, stride=2),
+        )
+        self.last = nn.Conv1d(16, 16, 3, padding="valid")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.features(x).flatten(2)).mean(2)
+
+
+def test_dynamic_convolutions_are_products_of_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Windows().eval()
+    small = compress_model(net, "ptq", scheme="dynamic", min_saving=0.0)
+    axes = {"x": {0: "batch", 2: "height", 3: "width"}}
+    result = export_model(small, IMAGES[:1], tmp_path / "net.onnx", dynamic_axes=axes)
+    found = kernels(result.path)
+    assert found["MatMulIntegerToFloat"] == 5
+    assert not found["Conv"] + found["FusedConv"] + found["ConvInteger"]
+    assert error_of(result.path, net) < 0.02
+    assert error_of(result.path, net, torch.randn(3, 3, 17, 10)) < 0.02
 
 
 def test_output_ranges_are_those_of_the_folded_norm() -> None:

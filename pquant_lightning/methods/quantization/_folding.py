@@ -9,7 +9,9 @@ from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compr
 from pquant_lightning.core.layer_adapter import layer_spec
 from pquant_lightning.core.structure import absolute_path
 from pquant_lightning.core.surgery import get_layer, replace_layer
-from pquant_lightning.methods.quantization._layers import QuantLayer
+from pquant_lightning.methods.quantization._layers import QuantLayer, convolves_in_integers
+
+SPREAD = 6.0  # standard deviations about the mean that a norm's outputs are taken to lie in
 
 
 class FoldedNorm(CompressedLayer, kind="folded_norm", stage=Stage.QUANTIZE):
@@ -53,6 +55,8 @@ def fold_norms(model: nn.Module) -> None:
             continue
         path, norm = found
         layer.folded = affine_of(norm)
+        if not hasattr(layer, "output_range") and convolves_in_integers(layer.spec):
+            layer.register_buffer("output_range", spread_of(norm))
         spec = {"kind": FoldedNorm.kind, "by": layer.spec["by"], "layer": layer_spec(norm)}
         replace_layer(model, path, CompressedLayer.build(spec, norm))
 
@@ -69,3 +73,15 @@ def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
         factor = factor * norm.weight.detach().float()
     shift = -norm.running_mean.float() * factor
     return factor, shift + norm.bias.detach().float() if norm.affine else shift
+
+
+def spread_of(norm: Any) -> Tensor:
+    """The range that the outputs of a batch norm lie in, float32 `(2,)`, as its parameters tell.
+
+    References:
+        Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 5.
+    """
+    if not norm.affine:
+        return norm.running_mean.new_tensor([-SPREAD, SPREAD], dtype=torch.float32)
+    mean, deviation = norm.bias.detach().float(), norm.weight.detach().float().abs()
+    return torch.stack([(mean - SPREAD * deviation).amin(), (mean + SPREAD * deviation).amax()])

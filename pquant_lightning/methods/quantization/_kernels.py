@@ -94,7 +94,7 @@ def int_conv(x: Tensor, layer: Any, codes: Tensor, scale: Tensor, bias: Tensor, 
         bits: of the inputs.
     """
     flat = codes.dim() == 3
-    padding = _padding(layer)
+    padding = padding_of(layer)
     config: Any = [list(layer.stride), padding, list(layer.dilation)]
     if flat:
         x, codes = x.unsqueeze(2), codes.unsqueeze(2)
@@ -113,7 +113,8 @@ def int_conv(x: Tensor, layer: Any, codes: Tensor, scale: Tensor, bias: Tensor, 
     return y.squeeze(2) if flat else y
 
 
-def _padding(layer: Any) -> list[int]:
+def padding_of(layer: Any) -> list[int]:
+    """What a convolution adds at either end of each of its dimensions."""
     if layer.padding == "same":
         return [d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     return [0] * len(layer.kernel_size) if layer.padding == "valid" else list(layer.padding)

@@ -63,7 +63,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
         act_range: float32 `(2,)`, minimum and maximum of the inputs; (inf, -inf) before they are known.
         act_mean: float32 `(in,)`, mean of the inputs per channel.
         output_range: float32 `(2,)`, minimum and maximum of the outputs, after the norm that is to be folded in, of
-            convolutions whose ranges are calibrated: integer runtimes round what they put out.
+            convolutions that do not train: integer runtimes round what they put out.
         active_bits: float32 `(2,)`, bits of weights and inputs that are in force.
         act_scale: `(1,)`, learned; 0 before it is known.
         act_zero: `(1,)`, zero point, learned with LSQ.
@@ -117,7 +117,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
                     layer.act_zero = nn.Parameter(torch.empty(1))
                 else:
                     layer.register_buffer("act_zero", zero)
-            if not spec["trains"] and spec["kernel"] == "integer" and "kernel_size" in spec["layer"]:
+            if not spec["trains"] and convolves_in_integers(spec):
                 layer.register_buffer("output_range", unknown.clone())
         if spec["correct_bias"]:
             channels = spec["layer"].get("in_features") or spec["layer"]["in_channels"]
@@ -367,6 +367,11 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
         if self._known is False and not self.deployable and self.spec["bits"] < FLOAT:
             return "floating point: calibration has not reached it"
         return describe(self.spec)
+
+
+def convolves_in_integers(spec: dict[str, Any]) -> bool:
+    """Whether the deployed layer is a convolution of integers on a static grid."""
+    return spec["act"] == "static" and spec["kernel"] == "integer" and "kernel_size" in spec["layer"]
 
 
 def _deploy(layer: QuantLayer) -> nn.Module:
