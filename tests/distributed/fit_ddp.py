@@ -90,6 +90,8 @@ def main() -> None:
     found = {"rank": trainer.global_rank, "digest": digest(model), "kinds": kinds, "counts": counts, "zeros": share}
     found["metrics"] = metrics
     (options.root / f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()  # so that neither process leaves while the other still talks to it
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -82,6 +82,8 @@ def main() -> None:
         "full": full(resumed),
     }
     (options.root / f"rank{second.global_rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()  # so that neither process leaves while the other still talks to it
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def test_copies_compile_and_export(name):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, rtol=1e-5, atol=1e-5)
         program = torch.export.export(model, (x,))
         torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
-    assert {key.split(".")[-1] for key in model.state_dict()} <= {"codes", "scale", "bias", "act_grid", "_extra_state"}
+    stored = {"codes", "scale", "bias", "act_grid", "output_range", "_extra_state"}
+    assert {key.split(".")[-1] for key in model.state_dict()} <= stored
 
 
 @every_layer
