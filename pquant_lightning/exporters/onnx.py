@@ -11,7 +11,7 @@ from torch import nn
 from pquant_lightning.backends.base import as_numpy, require
 from pquant_lightning.backends.lowering.trace import Traced, quietly, with_tensors
 from pquant_lightning.core.errors import ModelError
-from pquant_lightning.exporters._onnx_graph import arrange_grids
+from pquant_lightning.exporters._onnx_graph import arrange
 from pquant_lightning.exporters._onnx_layers import with_onnx_layers
 from pquant_lightning.exporters.base import Exporter, Run
 
@@ -54,7 +54,7 @@ class OnnxExporter(Exporter):
             raise ModelError(
                 f"The model takes {model.ByteSize():,} bytes, and an ONNX file holds 2 GB: export to 'pt2'."
             )
-        arrange_grids(model.graph)
+        arrange(model.graph)
         _shorten(model, _brain_floats(traced.model))
         onnx.checker.check_model(model, full_check=True)
         path.write_bytes(model.SerializeToString())

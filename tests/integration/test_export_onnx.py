@@ -153,6 +153,24 @@ def test_dynamic_convolutions_are_products_of_integers(tmp_path: Path) -> None:
     assert error_of(result.path, net, torch.randn(3, 3, 17, 10)) < 0.02
 
 
+def test_residuals_of_integer_layers_are_not_fused_with_their_norms(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(64, 64), nn.LayerNorm(64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x + self.linear(x))
+
+    net, x, fused = Block().eval(), torch.randn(2, 5, 64), "SkipLayerNormalization"
+    assert kernels(export_model(net, x, tmp_path / "float.onnx").path)[fused] == 1
+    small = compress_model(net, "ptq", scheme="dynamic", min_saving=0.0)
+    found = kernels(export_model(small, x, tmp_path / "net.onnx").path)
+    assert (found["LayerNormalization"], found[fused]) == (1, 0)
+
+
 def test_output_ranges_are_those_of_the_folded_norm() -> None:
     torch.manual_seed(0)
     net = Residual().train()
