@@ -91,6 +91,13 @@ def test_a_fractional_zero_point_of_4_bits_is_exact(tmp_path: Path) -> None:
     assert kernels(result.path)["MatMulNBits"] >= 1
 
 
+def assert_in_integers(path: Path, net: Residual) -> None:
+    found = kernels(path)
+    assert (found["QLinearConv"], found["QLinearAdd"]) == (5, 2)
+    assert not found["Conv"] + found["FusedConv"] + found["ConvInteger"]
+    assert error_of(path, net) < 0.05
+
+
 def test_a_net_with_residuals_stays_in_integers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = Residual().train()
@@ -99,11 +106,7 @@ def test_a_net_with_residuals_stays_in_integers(tmp_path: Path) -> None:
     save_compressed(small, tmp_path / "net.safetensors")
     loaded = load_compressed(Residual(), tmp_path / "net.safetensors")  # the ranges of the outputs are in the file
     result = export_model(loaded, IMAGES[:1], tmp_path / "net.onnx")
-    found = kernels(result.path)
-    assert found["QLinearConv"] == 5
-    assert found["QLinearAdd"] == 2
-    assert not found["Conv"] + found["FusedConv"] + found["ConvInteger"]
-    assert error_of(result.path, net) < 0.05
+    assert_in_integers(result.path, net)
 
 
 def test_a_trained_net_with_residuals_stays_in_integers(tmp_path: Path) -> None:
@@ -113,11 +116,7 @@ def test_a_trained_net_with_residuals_stays_in_integers(tmp_path: Path) -> None:
         net(IMAGES)
     small = compress_model(net.eval(), "qat", train_loader=[IMAGES])
     result = export_model(small, IMAGES[:1], tmp_path / "net.onnx")
-    found = kernels(result.path)
-    assert found["QLinearConv"] == 5
-    assert found["QLinearAdd"] == 2
-    assert not found["Conv"] + found["FusedConv"] + found["ConvInteger"]
-    assert error_of(result.path, net) < 0.05
+    assert_in_integers(result.path, net)
 
 
 class Windows(nn.Module):
