@@ -65,14 +65,32 @@ def _operation(name: str, x: Tensor, *rest: Tensor | None, out: int, **attribute
     return torch.onnx.ops.symbolic(f"{_DOMAIN}::{name}", (x, *rest), given, dtype=torch.float32, shape=shape, version=1)
 
 
-class DynamicLinear(nn.Module):
+class _Twin(nn.Module):
+    """Stands for an integer layer, and has all of its attributes: a model's forward may read them."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.hold(layer)
+        self.layer = layer  # last, as from here on its attributes are found, too
+
+    def hold(self, layer: Any) -> None:
+        """Takes over what the forward needs."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+
+class DynamicLinear(_Twin):
     """8-bit weights with a scale for each output; inputs on a grid that is found for the whole tensor as it runs."""
 
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, layer: IntLinear) -> None:
-        super().__init__()
+    def hold(self, layer: IntLinear) -> None:
         self.register_buffer("codes", layer.codes.t().contiguous())  # (in, out)
         self.register_buffer("scale", layer.scale.squeeze(1))
         self.bias, self.out = layer.bias, layer.out_features
@@ -87,8 +105,8 @@ class StaticLinear(DynamicLinear):
     act_scale: Tensor
     act_zero: Tensor
 
-    def __init__(self, layer: IntLinear) -> None:
-        super().__init__(layer)
+    def hold(self, layer: IntLinear) -> None:
+        super().hold(layer)
         scale, zero = layer.act_grid
         self.register_buffer("act_scale", scale.clone())
         self.register_buffer("act_zero", zero.to(torch.uint8))
@@ -101,7 +119,7 @@ class StaticLinear(DynamicLinear):
         return _operation("MatMulIntegerToFloat", codes, *weights, out=self.out)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(_Twin):
     """4-bit weights with a scale, and a zero point, for each block of inputs.
 
     Zero points are integers there. What a fractional one leaves is a term of the sums of the inputs over the blocks.
@@ -112,8 +130,7 @@ class PackedLinear(nn.Module):
     zero: Tensor | None
     rest: Tensor | None
 
-    def __init__(self, layer: IntLinear) -> None:
-        super().__init__()
+    def hold(self, layer: IntLinear) -> None:
         outputs, inputs = layer.shape
         block = self.block = _block(layer) or _WHOLE_ROW
         count = inputs // block
@@ -144,12 +161,10 @@ def _nibbles(levels: Tensor) -> Tensor:
     return (levels[:, 0::2] | (levels[:, 1::2] << 4)).contiguous()
 
 
-class QuantizedConv(nn.Module):
+class QuantizedConv(_Twin):
     """A convolution between grids of its input and its output, which onnxruntime fuses to QLinearConv."""
 
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.layer = [layer]  # for its way to convolve; its tensors are here
+    def hold(self, layer: Any) -> None:
         scale, zero = layer.act_grid
         both = layer.scale.squeeze(1) * scale
         bias = torch.zeros_like(both) if layer.bias is None else layer.bias.float()
@@ -171,11 +186,11 @@ class QuantizedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = _on_grid(x, self.act_scale, self.act_zero)
         weight = _dequantized(self.codes, self.scale, None, axis=0)
-        y = self.layer[0].compute(x, weight, _dequantized(self.bias, self.bias_scale, None, axis=0))
+        y = self.layer.compute(x, weight, _dequantized(self.bias, self.bias_scale, None, axis=0))
         return _on_grid(y, self.out_scale, self.out_zero)
 
 
-class DynamicConv(nn.Module):
+class DynamicConv(_Twin):
     """A convolution as a product of matrices; inputs on a grid that is found for the whole tensor as it runs.
 
     onnxruntime's own operation for it, ConvInteger, takes longer than a convolution in floating point.
@@ -184,8 +199,7 @@ class DynamicConv(nn.Module):
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
+    def hold(self, layer: Any) -> None:
         self.register_buffer("codes", layer.codes.movedim(1, -1).flatten(1).t().contiguous())  # (kernel * in, out)
         self.register_buffer("scale", layer.scale.squeeze(1))
         self.bias, self.out = layer.bias, layer.out_channels

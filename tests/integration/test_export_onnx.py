@@ -170,6 +170,28 @@ def test_residuals_of_integer_layers_are_not_fused_with_their_norms(tmp_path: Pa
     assert (found["LayerNormalization"], found[fused]) == (1, 0)
 
 
+class Reader(nn.Module):
+    """Reads its layers' attributes, as vision transformers do; one of its layers is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.spare = nn.Conv2d(3, 16, 3), nn.Linear(16, 10), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x.to(self.conv.weight.dtype))).mean((2, 3))
+        return self.head(x.to(self.head.weight.dtype)) * self.head.out_features + self.head.weight.mean()
+
+
+@pytest.mark.parametrize("options", [{"scheme": "dynamic"}, {"scheme": "static"}, {"scheme": "weight_only"}], ids=str)
+def test_attributes_of_layers_can_be_read(options: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Reader().eval()
+    small = compress_model(net, "ptq", train_loader=[IMAGES], min_saving=0.0, **options)
+    result = export_model(small, IMAGES[:1], tmp_path / "net.onnx")
+    assert result.integer_weights
+    assert error_of(result.path, net) < 0.02
+
+
 def test_output_ranges_are_those_of_the_folded_norm() -> None:
     torch.manual_seed(0)
     net = Residual().train()
