@@ -14,6 +14,7 @@ from pquant_lightning.methods.quantization._integer import IntConv1d, IntConv2d,
 from pquant_lightning.methods.quantization._kernels import padding_of
 
 _DOMAIN = "com.microsoft"
+_LEAST_CHANNELS = 24  # with which patches are copied in pieces so large that a product is faster than a convolution
 _LEAST_BLOCK, _WHOLE_ROW = 16, 128  # of MatMulNBits: a power of two from 16 on; what a row of one scale is cut into
 
 
@@ -49,7 +50,7 @@ def _conv_twin_of(layer: nn.Module) -> nn.Module | None:
     if spec["bits"] != 8 or spec["act_bits"] != 8 or spec["kernel"] != "integer":
         return None
     if spec["act"] == "dynamic":
-        return DynamicConv(layer) if layer.groups == 1 else None
+        return DynamicConv(layer) if layer.groups == 1 and layer.in_channels >= _LEAST_CHANNELS else None
     return QuantizedConv(layer) if spec["output_range"] else None
 
 
@@ -93,7 +94,8 @@ class DynamicLinear(_Twin):
     def hold(self, layer: IntLinear) -> None:
         self.register_buffer("codes", layer.codes.t().contiguous())  # (in, out)
         self.register_buffer("scale", layer.scale.squeeze(1))
-        self.bias, self.out = layer.bias, layer.out_features
+        self.register_buffer("bias", layer.bias)
+        self.out = layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         return _operation("DynamicQuantizeMatMul", x, self.codes, self.scale, None, self.bias, out=self.out)
@@ -146,7 +148,8 @@ class PackedLinear(_Twin):
             left = None if torch.equal(near, exact) else ((near - exact) * self.scale).t().contiguous()
         self.register_buffer("zero", zero)
         self.register_buffer("rest", left)  # (blocks, out)
-        self.bias, self.inputs, self.out = layer.bias, inputs, outputs
+        self.register_buffer("bias", layer.bias)
+        self.inputs, self.out = inputs, outputs
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = {"K": self.inputs, "N": self.out, "bits": 4, "block_size": self.block}
@@ -202,7 +205,8 @@ class DynamicConv(_Twin):
     def hold(self, layer: Any) -> None:
         self.register_buffer("codes", layer.codes.movedim(1, -1).flatten(1).t().contiguous())  # (kernel * in, out)
         self.register_buffer("scale", layer.scale.squeeze(1))
-        self.bias, self.out = layer.bias, layer.out_channels
+        self.register_buffer("bias", layer.bias)
+        self.out = layer.out_channels
         self.padding = padding_of(layer)
         self.windows = list(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True))
 

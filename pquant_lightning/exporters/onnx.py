@@ -48,13 +48,14 @@ class OnnxExporter(Exporter):
                 ) from error
             require("onnxscript.optimizer", "onnx").optimize(made.model, input_size_limit=_MOST_FOLDED)
         model = made.model_proto
-        for part in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
-            del part.metadata_props[:]  # lines of source, which take more room than a small graph
+        graph = model.graph
+        for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
+            del part.metadata_props[:]  # lines of source and the like, which take more room than a small graph
         if model.ByteSize() > _MOST_BYTES:
             raise ModelError(
                 f"The model takes {model.ByteSize():,} bytes, and an ONNX file holds 2 GB: export to 'pt2'."
             )
-        arrange(model.graph)
+        arrange(graph)
         _shorten(model, _brain_floats(traced.model))
         onnx.checker.check_model(model, full_check=True)
         path.write_bytes(model.SerializeToString())
