@@ -13,6 +13,7 @@ _INTEGERS = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "Qu
 
 def arrange(graph: Any) -> None:
     """Drops needless roundings, lets residuals read what their neighbours have rounded, keeps sums from being fused."""
+    _drop_clips(graph)
     _drop_early_roundings(graph)
     _share_roundings(graph)
     _round_sums(graph)
@@ -46,6 +47,29 @@ def _pairs(graph: Any) -> Iterator[tuple[Any, Any]]:
             after = readers.get(node.output[0], [])
             if len(after) == 1 and after[0] is not None and after[0].op_type == "DequantizeLinear":
                 yield node, after[0]
+
+
+def _drop_clips(graph: Any) -> None:
+    """Drops a clipping that the grid behind it does, too: ReLU6, say."""
+    readers, values = _readers(graph), {tensor.name: tensor for tensor in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "Clip"]:
+        after = readers.get(node.output[0], [])
+        ends = [_number(name, values) for name in (*node.input[1:], "", "")[:2]]
+        if after and all(_is_within(_grid_of(reader, values, "QuantizeLinear"), *ends) for reader in after):
+            for reader in after:
+                _reconnect(reader, node.output[0], node.input[0])
+            graph.node.remove(node)
+
+
+def _number(name: str, values: dict[str, Any]) -> float | None:
+    return float(require("onnx.numpy_helper", "onnx").to_array(values[name])) if name in values else None
+
+
+def _is_within(grid: tuple[float, float] | None, low: float | None, high: float | None) -> bool:
+    if grid is None or low is None or high is None:
+        return False
+    step = (grid[1] - grid[0]) / 255
+    return grid[0] > low - step / 2 and grid[1] < high + step / 2
 
 
 def _drop_early_roundings(graph: Any) -> None:
@@ -88,7 +112,7 @@ def _round_sums(graph: Any) -> None:
     made = {node.output[0]: node for node in graph.node}
     values = {tensor.name: tensor for tensor in graph.initializer}
     for node in list(graph.node):
-        grids = [_grid_of(made.get(name), values) for name in node.input]
+        grids = [_grid_of(made.get(name), values, "DequantizeLinear") for name in node.input]
         if node.op_type != "Add" or None in grids:
             continue
         after = readers[node.output[0]]
@@ -100,9 +124,9 @@ def _round_sums(graph: Any) -> None:
         _insert_rounding(graph, last, low, high, readers[last.output[0]])
 
 
-def _grid_of(node: Any, values: dict[str, Any]) -> tuple[float, float] | None:
-    """The ends of the grid, of one scale, that a DequantizeLinear reads its values from; None where it is no such."""
-    if node is None or node.op_type != "DequantizeLinear" or len(node.input) != 3:
+def _grid_of(node: Any, values: dict[str, Any], kind: str) -> tuple[float, float] | None:
+    """The ends of the grid, of one scale, that an operation of that kind has; None where it is no such."""
+    if node is None or node.op_type != kind or len(node.input) != 3:
         return None
     if not all(name in values for name in node.input[1:]):
         return None

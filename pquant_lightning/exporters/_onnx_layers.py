@@ -47,11 +47,11 @@ def _conv_twin_of(layer: nn.Module) -> nn.Module | None:
     if not isinstance(layer, IntConv1d | IntConv2d) or layer.like.dtype is not torch.float32:
         return None
     spec = layer.spec
-    if spec["bits"] != 8 or spec["act_bits"] != 8 or spec["kernel"] != "integer":
-        return None
-    if spec["act"] == "dynamic":
-        return DynamicConv(layer) if layer.groups == 1 and layer.in_channels >= _LEAST_CHANNELS else None
-    return QuantizedConv(layer) if spec["output_range"] else None
+    of_bytes = spec["bits"] == 8 and spec["act_bits"] == 8 and spec["kernel"] == "integer"
+    if spec["act"] == "dynamic" and spec["act_bits"] == 8:
+        by_product = of_bytes and layer.groups == 1 and layer.in_channels >= _LEAST_CHANNELS
+        return DynamicConv(layer) if by_product else FloatConv(layer)
+    return QuantizedConv(layer) if of_bytes and spec["output_range"] else None
 
 
 def _block(layer: IntLinear) -> int | None:
@@ -191,6 +191,16 @@ class QuantizedConv(_Twin):
         weight = _dequantized(self.codes, self.scale, None, axis=0)
         y = self.layer.compute(x, weight, _dequantized(self.bias, self.bias_scale, None, axis=0))
         return _on_grid(y, self.out_scale, self.out_zero)
+
+
+class FloatConv(_Twin):
+    """A convolution in floating point, of 8-bit weights: to round its inputs would only cost time."""
+
+    def hold(self, layer: Any) -> None:
+        """Nothing: onnxruntime multiplies the layer's codes by their scales when it loads the file."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer.compute(x, self.layer.dense_weight(), self.layer.bias)
 
 
 class DynamicConv(_Twin):
