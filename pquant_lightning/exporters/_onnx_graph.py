@@ -8,6 +8,8 @@ import numpy
 from pquant_lightning.backends.base import require
 
 _PASSED = ("Relu", "MaxPool", "Reshape", "Flatten", "Transpose")  # onnxruntime moves a rounding up through these
+_GRID = ("code", "scale", "zero")  # what DequantizeLinear reads
+_LEAST_SWISH = -0.375  # the least value of x * clip(x / 6 + 1/2, 0, 1); x * sigmoid(x) has -0.279
 _INTEGERS = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "QuantizeLinear")
 
 
@@ -16,7 +18,7 @@ def arrange(graph: Any) -> None:
     _drop_clips(graph)
     _drop_early_roundings(graph)
     _share_roundings(graph)
-    _round_sums(graph)
+    _round_between(graph)
     if any(node.op_type in _INTEGERS for node in graph.node):
         _keep_sums(graph)
 
@@ -74,22 +76,23 @@ def _is_within(grid: tuple[float, float] | None, low: float | None, high: float 
 
 def _drop_early_roundings(graph: Any) -> None:
     """Of conv -> Q -> DQ -> relu -> Q keeps the last: the values below zero need no codes."""
-    readers = _readers(graph)
+    readers, values = _readers(graph), {tensor.name: tensor for tensor in graph.initializer}
     for quantize, dequantize in list(_pairs(graph)):
-        if _is_rounded_next(dequantize.output[0], readers):
+        if _is_rounded_next(dequantize.output[0], readers, values):
             for reader in readers[dequantize.output[0]]:
                 _reconnect(reader, dequantize.output[0], quantize.input[0])
             graph.node.remove(dequantize)
             graph.node.remove(quantize)
 
 
-def _is_rounded_next(name: str, readers: dict[str, list[Any]]) -> bool:
+def _is_rounded_next(name: str, readers: dict[str, list[Any]], values: dict[str, Any]) -> bool:
+    """Whether all who read a tensor round it, to one grid, or let through to who does."""
     after = readers.get(name, [])
-    if not after or any(node is None for node in after):
-        return False
-    if all(node.op_type == "QuantizeLinear" for node in after):
-        return True
-    return len(after) == 1 and after[0].op_type in _PASSED and _is_rounded_next(after[0].output[0], readers)
+    if len(after) == 1 and after[0] is not None and after[0].op_type in _PASSED:
+        return _is_rounded_next(after[0].output[0], readers, values)
+    return len({_grid_of(node, values, "QuantizeLinear") for node in after} - {None}) == 1 and None not in [
+        _grid_of(node, values, "QuantizeLinear") for node in after
+    ]
 
 
 def _share_roundings(graph: Any) -> None:
@@ -106,22 +109,131 @@ def _share_roundings(graph: Any) -> None:
                 _reconnect(reader, name, dequantize.output[0])
 
 
-def _round_sums(graph: Any) -> None:
-    """Rounds what is added from two grids, on the grid that holds every sum of their values."""
-    readers = _readers(graph)
-    made = {node.output[0]: node for node in graph.node}
-    values = {tensor.name: tensor for tensor in graph.initializer}
+def _round_between(graph: Any) -> None:
+    """Rounds what is computed from values on grids and not rounded yet: sums, and gates as in x * sigmoid(x)."""
+    grids = _Grids(graph)
+    rules = {"Add": _round_sum, "Mul": _round_product, "Sigmoid": _round_gate, "HardSigmoid": _round_hard_gate}
     for node in list(graph.node):
-        grids = [_grid_of(made.get(name), values, "DequantizeLinear") for name in node.input]
-        if node.op_type != "Add" or None in grids:
-            continue
-        after = readers[node.output[0]]
-        last = after[0] if len(after) == 1 and after[0] is not None and after[0].op_type == "Relu" else node
-        if any(reader is None or reader.op_type == "QuantizeLinear" for reader in readers[last.output[0]]):
-            continue
-        low = 0.0 if last is not node else sum(grid[0] for grid in grids if grid is not None)
-        high = sum(grid[1] for grid in grids if grid is not None)
-        _insert_rounding(graph, last, low, high, readers[last.output[0]])
+        if node.op_type == "HardSwish" and grids.of(node.input[0]) is not None:
+            _round_hard_gate(grids, _opened_swish(grids, node))
+            _round_product(grids, node)
+        elif node.op_type in rules:
+            rules[node.op_type](grids, node)
+
+
+class _Grids:
+    """Which tensors of a graph lie on grids, as roundings are inserted."""
+
+    def __init__(self, graph: Any) -> None:
+        self.graph = graph
+        self.readers = _readers(graph)
+        self.made = {node.output[0]: node for node in graph.node}
+        self.values = {tensor.name: tensor for tensor in graph.initializer}
+        self.gates: dict[str, str] = {}  # by a gate's name, of what
+
+    def of(self, name: str) -> tuple[float, float] | None:
+        """The ends of the grid that a tensor lies on."""
+        return _grid_of(self.made.get(name), self.values, "DequantizeLinear")
+
+    def add_value(self, name: str, value: Any) -> None:
+        tensor = require("onnx.numpy_helper", "onnx").from_array(numpy.asarray(value), name)
+        self.graph.initializer.append(tensor)
+        self.values[name] = tensor
+
+    def add_node(self, before: Any, kind: str, inputs: list[str], output: str, **attributes: float) -> Any:
+        """A new node before another one."""
+        made, place = require("onnx.helper", "onnx").make_node, list(self.graph.node).index(before)
+        self.graph.node.insert(place, made(kind, inputs, [output], **attributes))
+        self.made[output] = node = self.graph.node[place]  # a copy
+        for name in inputs:
+            self.readers.setdefault(name, []).append(node)
+        return node
+
+    def rewrite(self, node: Any, kind: str, inputs: list[str]) -> None:
+        """Makes another operation, of other tensors, of a node."""
+        for name in node.input:
+            self.readers[name] = [reader for reader in self.readers[name] if reader != node]
+        node.op_type, node.input[:] = kind, inputs
+        del node.attribute[:]
+        for name in inputs:
+            self.readers.setdefault(name, []).append(node)
+
+    def round(self, source: Any, low: float, high: float) -> str:
+        """Rounds an output to 255 steps from `low` to `high`, for all who read it; the name of the rounded tensor."""
+        name, step = source.output[0], (high - low) / 255
+        codes, rounded, grid = f"{name}.codes", f"{name}.rounded", [f"{name}.grid.scale", f"{name}.grid.zero"]
+        self.add_value(grid[0], numpy.float32(step))
+        self.add_value(grid[1], numpy.uint8(round(-low / step)))
+        readers = self.readers.pop(name)
+        following = list(self.graph.node)[list(self.graph.node).index(source) + 1]
+        self.add_node(following, "QuantizeLinear", [name, *grid], codes)
+        self.add_node(following, "DequantizeLinear", [codes, *grid], rounded)
+        for reader in readers:
+            _reconnect(reader, name, rounded)
+        self.readers[rounded] = readers
+        return rounded
+
+
+def _is_rounded(readers: list[Any]) -> bool:
+    """Whether an output need not be rounded: it leaves the graph, or its reader does it."""
+    return any(reader is None or reader.op_type == "QuantizeLinear" for reader in readers)
+
+
+def _round_sum(grids: _Grids, node: Any) -> None:
+    """A sum, on the grid that holds every sum of the values."""
+    ends = [grids.of(name) for name in node.input]
+    if None in ends:
+        return
+    after = grids.readers[node.output[0]]
+    last = after[0] if len(after) == 1 and after[0] is not None and after[0].op_type == "Relu" else node
+    if not _is_rounded(grids.readers[last.output[0]]):
+        low = 0.0 if last is not node else sum(grid[0] for grid in ends if grid is not None)
+        grids.round(last, low, sum(grid[1] for grid in ends if grid is not None))
+
+
+def _round_product(grids: _Grids, node: Any) -> None:
+    """A product, on the grid that holds every product of the values; with a gate of itself it is hardly negative."""
+    first, second = (grids.of(name) for name in node.input)
+    if first is None or second is None or _is_rounded(grids.readers[node.output[0]]):
+        return
+    corners = [a * b for a in first for b in second]
+    gated = any(grids.gates.get(gate) == of for gate, of in (tuple(node.input), tuple(node.input)[::-1]))
+    grids.round(node, max(min(corners), _LEAST_SWISH) if gated else min(corners), max(corners))
+
+
+def _round_gate(grids: _Grids, node: Any) -> None:
+    """A sigmoid, which lies between 0 and 1."""
+    readers, name = grids.readers[node.output[0]], node.input[0]
+    if grids.of(name) is not None and all(reader is not None and reader.op_type == "Mul" for reader in readers):
+        grids.gates[grids.round(node, 0.0, 1.0)] = name
+
+
+def _round_hard_gate(grids: _Grids, node: Any) -> None:
+    """clip(alpha x + beta, 0, 1), as a sum whose grid clips: alpha x has the codes of x."""
+    readers, name = grids.readers[node.output[0]], node.input[0]
+    found = {attribute.name: attribute.f for attribute in node.attribute}
+    alpha, beta = found.get("alpha", 0.2), found.get("beta", 0.5)
+    if grids.of(name) is None or alpha <= 0 or not all(r is not None and r.op_type == "Mul" for r in readers):
+        return
+    output, source = node.output[0], grids.made[name]
+    codes, scale, zero = source.input
+    slope = require("onnx.numpy_helper", "onnx").to_array(grids.values[scale]) * numpy.float32(alpha)
+    grids.add_value(f"{output}.slope", slope)
+    grids.add_value(f"{output}.shift.code", numpy.uint8(255 if beta > 0 else 0))
+    grids.add_value(f"{output}.shift.scale", numpy.float32(max(beta, 1e-8) / 255))
+    grids.add_value(f"{output}.shift.zero", numpy.uint8(0))
+    grids.add_node(node, "DequantizeLinear", [codes, f"{output}.slope", zero], f"{output}.scaled")
+    grids.add_node(node, "DequantizeLinear", [f"{output}.shift.{key}" for key in _GRID], f"{output}.shift")
+    grids.rewrite(node, "Add", [f"{output}.scaled", f"{output}.shift"])
+    grids.gates[grids.round(node, 0.0, 1.0)] = name
+
+
+def _opened_swish(grids: _Grids, node: Any) -> Any:
+    """Turns HardSwish into x * hard_sigmoid(x); the new gate."""
+    name = node.input[0]
+    gate = grids.add_node(node, "HardSigmoid", [name], f"{node.output[0]}.gate", alpha=1 / 6, beta=0.5)
+    grids.rewrite(node, "Mul", [name, gate.output[0]])
+    return gate
 
 
 def _grid_of(node: Any, values: dict[str, Any], kind: str) -> tuple[float, float] | None:
@@ -132,19 +244,6 @@ def _grid_of(node: Any, values: dict[str, Any], kind: str) -> tuple[float, float
         return None
     scale, zero = (require("onnx.numpy_helper", "onnx").to_array(values[name]) for name in node.input[1:])
     return None if scale.ndim else (-float(scale) * float(zero), float(scale) * (255.0 - float(zero)))
-
-
-def _insert_rounding(graph: Any, source: Any, low: float, high: float, readers: list[Any]) -> None:
-    onnx, name, step = require("onnx", "onnx"), source.output[0], (high - low) / 255
-    grid = [f"{name}.grid.scale", f"{name}.grid.zero"]
-    for own, value in zip(grid, (numpy.float32(step), numpy.uint8(round(-low / step))), strict=True):
-        graph.initializer.append(onnx.numpy_helper.from_array(numpy.asarray(value), own))
-    for reader in readers:
-        _reconnect(reader, name, f"{name}.rounded")
-    place = 1 + next(i for i, node in enumerate(graph.node) if node.output[0] == name)
-    make = onnx.helper.make_node
-    graph.node.insert(place, make("DequantizeLinear", [f"{name}.codes", *grid], [f"{name}.rounded"]))
-    graph.node.insert(place, make("QuantizeLinear", [name, *grid], [f"{name}.codes"]))
 
 
 def _reconnect(node: Any, old: str, new: str) -> None:

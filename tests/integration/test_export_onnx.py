@@ -119,6 +119,49 @@ def test_a_trained_net_with_residuals_stays_in_integers(tmp_path: Path) -> None:
     assert_in_integers(result.path, net)
 
 
+class Gated(nn.Module):
+    """Expanded blocks with a shortcut, as in MobileNets, and channels that are weighed by a gate."""
+
+    def __init__(self, activation: type[nn.Module], gate: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, stride=2, padding=1), activation())
+        depthwise = nn.Conv2d(64, 64, 3, padding=1, groups=64)
+        self.block = nn.Sequential(
+            nn.Conv2d(32, 64, 1), activation(), depthwise, activation(), nn.Conv2d(64, 32, 1, bias=False)
+        )
+        self.weigh = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 8, 1), nn.ReLU(), nn.Conv2d(8, 32, 1), gate())
+        self.last = nn.Sequential(nn.Conv2d(32, 32, 1), activation(), nn.Conv2d(32, 10, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.block(x)
+        return self.last(x * self.weigh(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("activation", "gate", "found"),
+    [
+        (nn.Hardswish, nn.Hardsigmoid, {"QLinearMul": 5, "QLinearAdd": 6}),
+        (nn.SiLU, nn.Sigmoid, {"QLinearMul": 5, "QLinearAdd": 1, "QLinearSigmoid": 5}),
+        (nn.ReLU6, nn.Sigmoid, {"QLinearMul": 1, "QLinearAdd": 1, "QLinearSigmoid": 1}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_gates_stay_in_integers(
+    activation: type[nn.Module], gate: type[nn.Module], found: dict[str, int], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = Gated(activation, gate).eval()
+    small = compress_model(net, "ptq", train_loader=[IMAGES], min_saving=0.0)
+    result = export_model(small, IMAGES[:1], tmp_path / "net.onnx")
+    used = kernels(result.path)
+    floats = ("Conv", "FusedConv", "Mul", "Add", "Sigmoid", "HardSigmoid", "HardSwish", "Clip", "Relu")
+    assert {name: used[name] for name in found} == found
+    assert used["QLinearConv"] == 8
+    assert not [name for name in floats if used[name]]
+    assert error_of(result.path, net) < 0.05
+
+
 class Windows(nn.Module):
     """Convolutions with strides, dilation, padding by size and by name, one by one, and in one dimension."""
 
