@@ -27,15 +27,17 @@ def to_jax(
 
     Returns:
         `function(params, *args, **kwargs)`, which takes what `forward` takes, as arrays, and gives an array, or a dict
-        of arrays by name where the model gives several; and the parameters, buffers and constants, `jax.Array` by
-        torch's names. Integer weights stay integers.
+        of arrays by name where the model gives several; and the parameters, buffers and constants that it reads,
+        `jax.Array` by torch's names. Integer weights stay integers.
 
     Raises:
         BackendUnavailable: JAX is not installed.
         ModelError: the model cannot be traced.
         UnsupportedOperationError: it has operations without a counterpart.
     """
-    return lower_to_jax(trace(model, example_inputs, dynamic_axes))
+    traced = trace(model, example_inputs, dynamic_axes)
+    function, params = lower_to_jax(traced)
+    return function, {name: array for name, array in params.items() if name in traced.used}
 
 
 def lower_to_jax(traced: Traced) -> tuple[JaxFunction, dict[str, Any]]:

@@ -15,12 +15,24 @@ _INTEGERS = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "Qu
 
 def arrange(graph: Any) -> None:
     """Drops needless roundings, lets residuals read what their neighbours have rounded, keeps sums from being fused."""
+    _drop_output_roundings(graph)
     _drop_clips(graph)
     _drop_early_roundings(graph)
     _share_roundings(graph)
     _round_between(graph)
     if any(node.op_type in _INTEGERS for node in graph.node):
         _keep_sums(graph)
+    read = {*_read(graph), *(output.name for output in graph.output)}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)
+
+
+def _read(graph: Any) -> Iterator[str]:
+    """Names of all tensors that nodes read, in inner graphs too."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            yield from _read(attribute.g)
 
 
 def _keep_sums(graph: Any) -> None:
@@ -49,6 +61,18 @@ def _pairs(graph: Any) -> Iterator[tuple[Any, Any]]:
             after = readers.get(node.output[0], [])
             if len(after) == 1 and after[0] is not None and after[0].op_type == "DequantizeLinear":
                 yield node, after[0]
+
+
+def _drop_output_roundings(graph: Any) -> None:
+    """What leaves the model is not rounded, nor cut to the range that it had in calibration."""
+    outputs, readers = {output.name for output in graph.output}, _readers(graph)
+    made = {node.output[0]: node for node in graph.node}
+    for quantize, dequantize in list(_pairs(graph)):
+        source = made.get(quantize.input[0])
+        if dequantize.output[0] in outputs and source is not None and len(readers[source.output[0]]) == 1:
+            source.output[0] = dequantize.output[0]
+            graph.node.remove(dequantize)
+            graph.node.remove(quantize)
 
 
 def _drop_clips(graph: Any) -> None:

@@ -10,11 +10,20 @@ from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.surgery import replace_layer
 from pquant_lightning.methods.low_rank.lora import adapters
-from pquant_lightning.methods.quantization._integer import IntConv1d, IntConv2d, IntLinear
+from pquant_lightning.methods.quantization._integer import (
+    IntConv1d,
+    IntConv2d,
+    IntConv3d,
+    IntConvTranspose1d,
+    IntConvTranspose2d,
+    IntConvTranspose3d,
+    IntLinear,
+)
 from pquant_lightning.methods.quantization._kernels import padding_of
 
+_CONVS = (IntConv1d, IntConv2d, IntConv3d, IntConvTranspose1d, IntConvTranspose2d, IntConvTranspose3d)
 _DOMAIN = "com.microsoft"
-_LEAST_CHANNELS = 24  # with which patches are copied in pieces so large that a product is faster than a convolution
+_LEAST_CHANNELS, _LEAST_TERMS = 24, 64  # of a sum, from which on a product of patches is faster than a convolution
 _LEAST_BLOCK, _WHOLE_ROW = 16, 128  # of MatMulNBits: a power of two from 16 on; what a row of one scale is cut into
 
 
@@ -44,14 +53,14 @@ def _twin_of(layer: IntLinear) -> nn.Module | None:
 
 
 def _conv_twin_of(layer: nn.Module) -> nn.Module | None:
-    if not isinstance(layer, IntConv1d | IntConv2d) or layer.like.dtype is not torch.float32:
+    if not isinstance(layer, _CONVS) or layer.like.dtype is not torch.float32 or layer.spec["act_bits"] != 8:
         return None
     spec = layer.spec
-    of_bytes = spec["bits"] == 8 and spec["act_bits"] == 8 and spec["kernel"] == "integer"
-    if spec["act"] == "dynamic" and spec["act_bits"] == 8:
-        by_product = of_bytes and layer.groups == 1 and layer.in_channels >= _LEAST_CHANNELS
-        return DynamicConv(layer) if by_product else FloatConv(layer)
-    return QuantizedConv(layer) if of_bytes and spec["output_range"] else None
+    of_bytes = spec["bits"] == 8 and spec["kernel"] == "integer"
+    if of_bytes and spec["act"] == "static":
+        return QuantizedConv(layer) if spec["output_range"] else None
+    by_product = of_bytes and layer.groups == 1 and layer.in_channels >= _LEAST_CHANNELS
+    return DynamicConv(layer) if by_product and layer.shape[1:].numel() >= _LEAST_TERMS else FloatConv(layer)
 
 
 def _block(layer: IntLinear) -> int | None:
@@ -199,8 +208,8 @@ class FloatConv(_Twin):
     def hold(self, layer: Any) -> None:
         """Nothing: onnxruntime multiplies the layer's codes by their scales when it loads the file."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer.compute(x, self.layer.dense_weight(), self.layer.bias)
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        return self.layer.compute(x, self.layer.dense_weight(), self.layer.bias, *args)
 
 
 class DynamicConv(_Twin):

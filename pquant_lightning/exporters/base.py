@@ -63,6 +63,7 @@ class Exporter(ABC):
     """One format."""
 
     is_directory: ClassVar[bool] = False
+    marker: ClassVar[str] = ""  # the file that every directory of this format holds
     finalizes: ClassVar[bool] = True  # the copy that is written is the deployed form
     extra: ClassVar[str | None] = None  # the extra of our package that it needs
     packages: ClassVar[tuple[str, ...]] = ()

@@ -63,7 +63,7 @@ def export_model(
         dynamic_axes: by the name of an input, the names of its open sizes by dimension, e.g.
             `{"input_ids": {0: "batch", 1: "tokens"}}`. None leaves the batch open.
         verify: opens the artefact in its own runtime and compares it with the model, on two batch sizes.
-        overwrite: replace what is at the path.
+        overwrite: replace what is at the path: a file, or the directory of an earlier export of this format.
 
     Returns:
         What was written, and how far it is from the model.
@@ -88,6 +88,10 @@ def export_model(
     exporter.check_installed()
     if path.exists() and not overwrite:
         raise ExportError(f"{path} exists; choose another path, or give overwrite=True.")
+    if path.is_dir() and not (exporter.is_directory and (path / exporter.marker).exists()) and any(path.iterdir()):
+        raise ExportError(f"{path} is a directory that holds something else than an export; choose another path.")
+    if path.is_file() and exporter.is_directory:
+        raise ExportError(f"{path} is a file, and {format} writes a directory; choose another path.")
     traced = trace(model, example_inputs, dynamic_axes, exporter.twin, exporter.finalizes)
     _check_bits(exporter, format, traced.model)
     with appearing(path, exporter.is_directory) as temporary:

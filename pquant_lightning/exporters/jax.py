@@ -22,6 +22,7 @@ class JaxExporter(Exporter):
     """`jax.export` with symbolic sizes; the parameters are the program's first argument, and can be trained."""
 
     is_directory = True
+    marker = META
     extra = "jax"
     packages = ("jax",)
     bits = PACKED
@@ -66,7 +67,11 @@ class JaxExporter(Exporter):
 
 
 def load_jax(path: str | Path) -> tuple[Any, dict[str, Any]]:
-    """A directory that `export_model(..., format="jax")` has written: `program(params, inputs)`, and the parameters.
+    """A directory that `export_model(..., format="jax")` has written, as a function and its parameters.
+
+    Returns:
+        `program(params, inputs)`, which gives the list of the outputs, and the parameters, `jax.Array` by name;
+        `inputs` is an array, a list of arrays in the order of the result's `inputs`, or a dict by these names.
 
     Raises:
         BackendUnavailable: JAX is not installed.
@@ -81,7 +86,13 @@ def load_jax(path: str | Path) -> tuple[Any, dict[str, Any]]:
         params = {name: jnp.asarray(as_numpy(file.get_tensor(name))) for name in file.keys()}  # noqa: SIM118
     specs = program.in_avals[-len(program.in_avals) + len(params) :]
 
+    names = [entry["name"] for entry in json.loads((Path(path) / META).read_text(encoding="utf-8"))["inputs"]]
+
     def call(params: dict[str, Any], inputs: Any) -> Any:
+        if isinstance(inputs, dict):
+            inputs = [inputs[name] for name in names]
+        elif not isinstance(inputs, list | tuple):
+            inputs = [inputs]
         return program.call(params, [jnp.asarray(x, spec.dtype) for x, spec in zip(inputs, specs, strict=True)])
 
     return call, params

@@ -15,7 +15,8 @@ from pquant_lightning.exporters._onnx_graph import arrange
 from pquant_lightning.exporters._onnx_layers import with_onnx_layers
 from pquant_lightning.exporters.base import Exporter, Run
 
-_MOST_FOLDED = 64  # values of constants that are computed beforehand: sizes are, integer weights are not
+_MOST_FOLDED = 64  # values of constants that are computed with beforehand: sizes are, integer weights are not
+_MOST_COMPUTED = 1024  # values of what is so computed, and stored
 _MOST_BYTES = 2**31 - 2**20  # of one file in the format of protocol buffers
 
 
@@ -24,6 +25,7 @@ class OnnxExporter(Exporter):
 
     extra = "onnx"
     packages = ("onnx", "onnxscript", "onnxruntime")
+    least_integers = _MOST_FOLDED + 1
     bits: ClassVar[dict[int, str]] = {8: "int8", 4: "MatMulNBits"} | dict.fromkeys((2, 3, 5, 6, 7), "packed")
 
     def twin(self, model: nn.Module) -> nn.Module:
@@ -46,7 +48,9 @@ class OnnxExporter(Exporter):
                 raise ModelError(
                     f"torch.onnx cannot convert {type(traced.model).__name__}: {_reason(error)}"
                 ) from error
-            require("onnxscript.optimizer", "onnx").optimize(made.model, input_size_limit=_MOST_FOLDED)
+            require("onnxscript.optimizer", "onnx").optimize(
+                made.model, input_size_limit=_MOST_FOLDED, output_size_limit=_MOST_COMPUTED
+            )
         model = made.model_proto
         graph = model.graph
         for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):

@@ -402,6 +402,7 @@ class PeftExporter(Exporter):
     """A directory with the adapters of a model, for `PeftModel.from_pretrained` and `load_adapter`."""
 
     is_directory = True
+    marker = "adapter_config.json"
     finalizes = False  # that would merge the adapters
     bits: ClassVar[dict[int, str]] = dict.fromkeys(range(2, 9), "as the base has them")
 

@@ -14,6 +14,7 @@ class TensorFlowExporter(Exporter):
     """Weights are `tf.Variable`; inputs and outputs have the names and layouts of the model in PyTorch."""
 
     is_directory = True
+    marker = "saved_model.pb"
     extra = "tensorflow"
     packages = ("tensorflow",)
     bits = PACKED

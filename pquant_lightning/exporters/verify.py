@@ -108,12 +108,13 @@ def check_integers(exporter: Exporter, path: Path, traced: Traced) -> bool:
     layers = {name: layer for name, layer in compressed_layers(traced.model).items() if layer.deployed}
     wanted = _integer_bytes(exporter, layers)
     if stored < wanted:  # layers that forward does not call may be missing
-        called = _called(traced)
-        wanted = _integer_bytes(exporter, {name: layer for name, layer in layers.items() if name in called})
+        layers = {k: layer for k, layer in layers.items() if any(n.startswith(f"{k}.") for n in traced.used)}
+        wanted = _integer_bytes(exporter, layers)
     if stored < wanted and total > 1.1 * stored_bytes(traced.model):  # what a graph makes constant it may leave out
         raise ExportError(
             f"The file holds {stored:,} bytes of integers, and the integer weights of the model take {wanted:,}: the "
-            "format has turned them into floating point. Nothing was written."
+            "format has turned some into floating point. Leave such layers out (exclude=[...]; in tflite these are "
+            "grouped convolutions), or choose another format. Nothing was written."
         )
     return wanted > 0
 
@@ -121,14 +122,6 @@ def check_integers(exporter: Exporter, path: Path, traced: Traced) -> bool:
 def _integer_bytes(exporter: Exporter, layers: dict[str, Any]) -> int:
     codes = {id(t): t for layer in layers.values() for t in _codes(layer)}.values()  # tied ones once
     return sum(t.numel() * t.element_size() for t in codes if t.numel() >= exporter.least_integers)
-
-
-def _called(traced: Traced) -> set[str]:
-    """Names of the layers whose tensors the graph uses."""
-    signature = traced.program.graph_signature
-    names = signature.inputs_to_parameters | signature.inputs_to_buffers
-    placeholders = [node for node in traced.program.graph.nodes if node.op == "placeholder" and node.users]
-    return {names[node.name].rpartition(".")[0] for node in placeholders if node.name in names}
 
 
 def _codes(layer: nn.Module) -> list[Tensor]:

@@ -34,9 +34,24 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
     assert export_model(net(), X, path, "pt2", overwrite=True).size_bytes == path.stat().st_size
 
 
-def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["onnx", "jax", "peft"])
+def test_a_directory_of_something_else_is_kept(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "train.py").write_text("mine")
+    with pytest.raises(ExportError, match="holds something else than an export"):
+        export_model(net(), X, tmp_path / "project", kind, overwrite=True)
+    assert (tmp_path / "project" / "train.py").read_text() == "mine"
+
+
+def test_a_file_is_not_taken_for_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "net").write_text("mine")
+    with pytest.raises(ExportError, match="is a file, and jax writes a directory"):
+        export_model(net(), X, tmp_path / "net", "jax", overwrite=True)
+
+
+def test_an_export_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "net"
-    path.mkdir()
+    export_model(net(), X, path, "jax")
     (path / "old").write_text("old")
     export_model(net(), X, path, "jax", overwrite=True)
     assert not (path / "old").exists()

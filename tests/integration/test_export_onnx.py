@@ -54,7 +54,7 @@ IMAGES = torch.randn(32, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 def error_of(path: Path, net: nn.Module, x: Tensor = IMAGES) -> float:
     """That of the file's output, relative to the network's own."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, {"x": x.numpy()})
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         expected = net(x).numpy()
     return float(np.linalg.norm(output - expected) / np.linalg.norm(expected))
@@ -172,11 +172,11 @@ class Windows(nn.Module):
             nn.ReLU(),
             nn.Conv2d(24, 32, (3, 2), stride=(2, 1), padding=(1, 0)),
             nn.ReLU(),
-            nn.Conv2d(32, 32, 3, dilation=2, padding="same"),
+            nn.Conv2d(32, 64, 3, dilation=2, padding="same"),
             nn.ReLU(),
-            nn.Conv2d(32, 24, 1, bias=False),
+            nn.Conv2d(64, 64, 1, bias=False),
             nn.ReLU(),
-            nn.Conv2d(24, 32, 1, stride=2),
+            nn.Conv2d(64, 32, 1, stride=2),
         )
         self.last = nn.Conv1d(32, 16, 3, padding="valid")
 
@@ -236,6 +236,37 @@ def test_attributes_of_layers_can_be_read(options: dict[str, Any], tmp_path: Pat
     result = export_model(small, IMAGES[:1], tmp_path / "net.onnx")
     assert result.integer_weights
     assert error_of(result.path, net) < 0.02
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_layers_of_few_weights_are_no_mistake(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)).eval()
+    small = compress_model(net, "ptq", scheme="weight_only", bits=bits, first_last_bits=bits, min_saving=0.0)
+    assert export_model(small, X[:2], tmp_path / "net.onnx").integer_weights
+
+
+def test_what_leaves_the_model_is_not_cut_to_its_calibrated_range(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
+    small = compress_model(net, "ptq", train_loader=[IMAGES], min_saving=0.0)
+    small[2].output_range.mul_(0.1)  # as if calibration had seen little
+    result = export_model(small, IMAGES[:1], tmp_path / "net.onnx")
+    assert error_of(result.path, net) < 0.05
+
+
+def test_height_and_width_are_open_before_a_stride(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.Flatten(2)).eval()
+    axes = {"input": {0: "batch", 2: "height", 3: "width"}}
+    result = export_model(net, IMAGES[:2], tmp_path / "net.onnx", dynamic_axes=axes)
+    assert error_of(result.path, net, torch.randn(1, 3, 21, 10)) < 1e-5
+
+
+def test_tables_of_places_are_not_stored(tmp_path: Path) -> None:
+    small = compress_model(nn.Sequential(nn.Conv2d(32, 32, 3)), "ptq", scheme="dynamic", min_saving=0.0)
+    sizes = [export_model(small, torch.randn(2, 32, n, n), tmp_path / f"{n}.onnx").size_bytes for n in (16, 64)]
+    assert sizes[1] < 1.1 * sizes[0]
 
 
 def test_output_ranges_are_those_of_the_folded_norm() -> None:

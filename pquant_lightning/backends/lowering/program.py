@@ -67,7 +67,7 @@ def to_function(program: ExportedProgram, ns: Namespace) -> tuple[Function, dict
     last_use = _last_uses(nodes, results)
 
     def run(params: Params, given: Sequence[Any]) -> list[Any]:
-        values = {name: params[target] for name, target in places.items()} | dict(zip(inputs, given, strict=True))
+        values = {name: params.get(target) for name, target in places.items()} | dict(zip(inputs, given, strict=True))
         for node in nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n.name])
             values[node.name] = _call(ns, node, args, kwargs)

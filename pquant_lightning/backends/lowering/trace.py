@@ -27,6 +27,7 @@ from pquant_lightning.core.report import as_call
 Axes = Mapping[str, Mapping[int, str]]
 _NO_LIMIT = 2**31
 _ROUNDS = 3  # of asking torch for the range of the open sizes
+_LEAST_SIZES = (1, 3, 9, 33)  # of images and sequences, in turn, and the example's: strides leave one of smaller ones
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,13 @@ class Traced:
         """The most that an open size may be, by its name, where the model has a limit (a table of places, say)."""
         return self._exported[1]
 
+    @property
+    def used(self) -> set[str]:
+        """Names of the parameters, buffers and constants that the graph reads."""
+        specs = {spec.arg.name: spec.target for spec in self.program.graph_signature.input_specs}
+        placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder" and node.users]
+        return {target for node in placeholders if (target := specs[node.name]) is not None}
+
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """What the model gives for other tensors in the places of the example's."""
         args, kwargs = with_tensors((self.args, self.kwargs), inputs)
@@ -136,6 +144,8 @@ def trace(
     >>> traced.inputs, traced.outputs, traced.axes, traced.tensors[0].shape
     (('input',), ('output',), {'input': {0: 'batch'}}, torch.Size([2, 4]))
     """
+    if meta := [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
+        raise ModelError(f"{meta[0]!r} has no values (it is on the meta device); load the model's weights first.")
     model = finalized_copy(model) if finalizes else deepcopy(model).eval().cpu()
     args, kwargs = as_call(example_inputs)
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
@@ -191,7 +201,10 @@ def _output_names(outputs: Any) -> list[str]:
             named = not parts or not parts[0].isdigit()
             found.append("_".join(parts if named and parts else ["output", *parts]))
     if not found:
-        raise ModelError("The model gives no tensor.")
+        raise ModelError(
+            f"The model gives a {type(outputs).__name__}, in which there are no tensors that torch knows of: return "
+            "tensors, tuples or dicts, or register the class by torch.utils._pytree.register_dataclass."
+        )
     return found
 
 
@@ -207,6 +220,11 @@ def _open_sizes(
         for name in given:
             if name not in names:
                 raise ModelError(f"dynamic_axes names {name!r}, and the model has no such input. {known(name, names)}")
+        if wrong := [name for name, sizes in given.items() if not isinstance(sizes, Mapping)]:
+            raise ModelError(
+                f"dynamic_axes gives names of sizes by dimension, as in {{{wrong[0]!r}: {{0: 'batch'}}}}, got "
+                f"{given[wrong[0]]!r}."
+            )
         axes = {name: dict(given.get(name, {})) for name in names}
     repeated: list[Tensor] = []
     for name, tensor in zip(names, tensors, strict=True):
@@ -221,9 +239,10 @@ def _open_sizes(
 
 
 def _dynamic_shapes(
-    args: tuple[Any, ...], kwargs: dict[str, Any], axes: dict[str, dict[int, str]], names: list[str]
+    args: tuple[Any, ...], kwargs: dict[str, Any], axes: dict[str, dict[int, str]], names: list[str], least: int
 ) -> Any:
-    dims = {name: Dim(name, min=1) for sizes in axes.values() for name in sizes.values()}
+    opened = {name: axis for sizes in axes.values() for axis, name in sizes.items()}
+    dims = {name: Dim(name, min=least if axis else 1) for name, axis in opened.items()}
     leaves, structure = pytree.tree_flatten((args, kwargs))
     order = iter(names)
 
@@ -251,7 +270,30 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: dict[str, dict[int, str]], names: list[str]
 ) -> tuple[ExportedProgram, dict[str, int]]:
     """The graph, and the most that open sizes may be."""
-    positional, named = _dynamic_shapes(args, kwargs, axes, names)
+    given = dict(zip(names, tensors_in((args, kwargs)), strict=True))
+    smallest = min((given[n].shape[axis] for n, sizes in axes.items() for axis in sizes if axis), default=1)
+    first: ModelError | None = None
+    for least in (*(least for least in _LEAST_SIZES if least < smallest), smallest):
+        try:
+            return _export_from(least, model, args, kwargs, axes, names)
+        except ModelError as error:
+            first = first or error
+            if "Constraints violated" not in str(error.__cause__):
+                break
+    assert first is not None
+    raise first
+
+
+def _export_from(
+    least: int,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    axes: dict[str, dict[int, str]],
+    names: list[str],
+) -> tuple[ExportedProgram, dict[str, int]]:
+    """The same, of sizes from `least` on; batches may be of one."""
+    positional, named = _dynamic_shapes(args, kwargs, axes, names, least)
     shapes: Any = _by_parameter(list(inspect.signature(model.forward).parameters.values()), positional, named)
     for _ in range(_ROUNDS):
         try:
