@@ -27,8 +27,9 @@ def to_jax(
 
     Returns:
         `function(params, *args, **kwargs)`, which takes what `forward` takes, as arrays, and gives an array, or a dict
-        of arrays by name where the model gives several; and the parameters, buffers and constants that it reads,
-        `jax.Array` by torch's names. Integer weights stay integers.
+        of arrays by name where the model gives several; and the parameters, buffers and constants, `jax.Array` by
+        torch's names, without counters that it does not read. Integer weights stay integers; a tensor with several
+        names has the first.
 
     Raises:
         BackendUnavailable: JAX is not installed.
@@ -37,7 +38,8 @@ def to_jax(
     """
     traced = trace(model, example_inputs, dynamic_axes)
     function, params = lower_to_jax(traced)
-    return function, {name: array for name, array in params.items() if name in traced.used}
+    unread = {name for name, array in params.items() if array.dtype.kind in "iu" and name not in traced.used}
+    return function, {name: array for name, array in params.items() if name not in unread}
 
 
 def lower_to_jax(traced: Traced) -> tuple[JaxFunction, dict[str, Any]]:

@@ -55,6 +55,9 @@ def export_model(
     | "jax" | StableHLO, parameters, and a description | int8 | packed |
     | "peft" | adapters, in Hugging Face's format | as the base has them | as the base has them |
 
+    In onnxruntime a dynamic grid is that of a whole input tensor, all samples of the batch together, where PyTorch has
+    one for each row or sample: a sample with values far larger than the others' makes these coarser.
+
     Args:
         model: training form or deployed form; not touched.
         example_inputs: what `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.

@@ -27,6 +27,9 @@ def compare(exporter: Exporter, path: Path, traced: Traced) -> float:
     run, limit, worst = exporter.open(path, traced), tolerance(exporter, traced.model), 0.0
     for inputs in other_inputs(traced):
         expected = traced.run(inputs)
+        values = [tensor for tensor in expected if tensor.numel()]
+        if values and all(bool(tensor.isnan().all()) for tensor in values):
+            raise ExportError("The model gives nothing but NaN on the example inputs; look at its weights.")
         found = run(inputs)
         for name, ours, theirs in zip(traced.outputs, expected, found, strict=True):
             error = _difference(as_numpy(ours), numpy.asarray(theirs), limit)

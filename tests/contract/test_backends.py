@@ -1,6 +1,7 @@
 """A layer moves between any two frameworks with its weights, and gives the same output."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from pquant_lightning import compress_model, get_backend, to_jax, to_keras, to_nnx
+from pquant_lightning import compress_model, export_model, get_backend, to_jax, to_keras, to_nnx
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.errors import OptionError
 
@@ -94,11 +95,25 @@ def test_a_function_in_jax_is_pure_and_differentiable() -> None:
     import jax
 
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 1))
+    net = nn.Sequential(nn.Linear(24, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).eval()
     function, params = to_jax(net, X)
     gradient = jax.grad(lambda p: function(p, X.numpy()).sum())(params)
     net(X).sum().backward()
     np.testing.assert_allclose(gradient["0.weight"], net[0].weight.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["jax", "tensorflow"])
+def test_tied_weights_are_stored_once(kind: str, tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(500, 64), nn.Linear(64, 500, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.embedding(tokens))
+
+    assert export_model(Tied(), torch.arange(12).view(3, 4), tmp_path / "tied", kind).ratio < 1.2
 
 
 def test_several_outputs_have_names() -> None:

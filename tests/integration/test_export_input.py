@@ -140,6 +140,8 @@ class Counting(nn.Module):
         (ByValues(), X, {}, ModelError, "decides by the values of tensors"),
         (FixedBatch(), X, {}, ModelError, "fixes the size 'batch' to 4, and it is to be open"),
         (Counting(), X, {}, ModelError, "writes into 'count', and an exported file has no state"),
+        (net(), X, {"dynamic_axes": {"input": [0]}}, ModelError, r"as in {'input': {0: 'batch'}}, got \[0\]"),
+        (net().to("meta"), X, {}, ModelError, "'0.weight' has no values"),
         (net(), X, {"format": "peft"}, ModelError, "No layer of Sequential has an adapter"),
     ],
     ids=lambda value: getattr(value, "__name__", None) if isinstance(value, type) else None,
@@ -148,6 +150,13 @@ def test_mistakes(model: nn.Module, inputs: Any, options: Any, error: Any, messa
     with pytest.raises(error, match=message):
         export_model(model, inputs, tmp_path / "net", **{"format": "pt2", **options})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_gives_nan(tmp_path: Path) -> None:
+    broken = net()
+    nn.init.constant_(broken[2].weight, float("nan"))
+    with pytest.raises(ExportError, match="nothing but NaN"):
+        export_model(broken, X, tmp_path / "net.pt2", "pt2")
 
 
 def test_a_fixed_batch_can_be_exported_as_one(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def to_function(program: ExportedProgram, ns: Namespace) -> tuple[Function, dict
 
     Returns:
         `function(params, inputs)`, the tensors that come out, with `params` by name and `inputs` in the graph's order;
-        and the parameters, buffers and constants by name.
+        and the parameters, buffers and constants by name; one that has several names has the first.
 
     Raises:
         UnsupportedOperationError: operations that the table lacks.
@@ -48,14 +48,17 @@ def to_function(program: ExportedProgram, ns: Namespace) -> tuple[Function, dict
     program = supported(program)
     signature = program.graph_signature
     weights: dict[str, Tensor] = {}
+    first: dict[Any, str] = {}  # of tensors that have several names
     places: dict[str, str] = {}  # placeholder -> name of its weight
     inputs: list[str] = []
     for spec in signature.input_specs:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             assert spec.target is not None
-            places[spec.arg.name] = spec.target
             held = program.state_dict if spec.target in program.state_dict else program.constants
-            weights[spec.target] = held[spec.target].detach()
+            tensor = held[spec.target].detach()
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            places[spec.arg.name] = first.setdefault(key, spec.target) if tensor.numel() else spec.target
+            weights[places[spec.arg.name]] = tensor
         elif spec.kind is InputKind.USER_INPUT and hasattr(spec.arg, "name") and not hasattr(spec.arg, "value"):
             inputs.append(spec.arg.name)
     results = [
