@@ -117,7 +117,7 @@ def check_integers(exporter: Exporter, path: Path, traced: Traced) -> bool:
         raise ExportError(
             f"The file holds {stored:,} bytes of integers, and the integer weights of the model take {wanted:,}: the "
             "format has turned some into floating point. Leave such layers out (exclude=[...]; in tflite these are "
-            "grouped convolutions), or choose another format. Nothing was written."
+            "grouped and 3-d convolutions), or choose another format. Nothing was written."
         )
     return wanted > 0
 
