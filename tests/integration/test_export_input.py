@@ -96,6 +96,12 @@ def test_integers_that_have_become_floats(tmp_path: Path, monkeypatch: pytest.Mo
         export_model(small, X, tmp_path / "net.pt2", "pt2")
 
 
+def test_a_part_of_a_tensor_is_no_more_than_it_is(tmp_path: Path) -> None:
+    many = torch.randn(100_000, 6)
+    small = export_model(net(), many[:4].clone(), tmp_path / "small.pt2", "pt2")
+    assert export_model(net(), many[:4], tmp_path / "part.pt2", "pt2").size_bytes < 1.1 * small.size_bytes
+
+
 def test_a_batch_of_one_is_left_open(tmp_path: Path) -> None:
     result = export_model(net(), X[:1], tmp_path / "net.onnx")
     run = EXPORTERS["onnx"].open(result.path, _traced())

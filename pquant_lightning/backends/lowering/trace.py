@@ -148,12 +148,17 @@ def trace(
         raise ModelError(f"{meta[0]!r} has no values (it is on the meta device); load the model's weights first.")
     model = finalized_copy(model) if finalizes else deepcopy(model).eval().cpu()
     args, kwargs = as_call(example_inputs)
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
+    args, kwargs = pytree.tree_map_only(Tensor, _alone, (args, kwargs))
     names = _names(model, args, kwargs)
     args, kwargs, axes = _open_sizes(args, kwargs, names, dynamic_axes)
     outputs = _output_names(_try(model, args, kwargs))
     traced = model if twin is None else twin(model)
     return Traced(model, traced, args, kwargs, tuple(names), tuple(outputs), axes)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor without the larger one that it may be a part of, which a file would hold."""
+    return tensor.detach().cpu().clone()
 
 
 def finalized_copy(model: nn.Module) -> nn.Module:
