@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, seed_everything
 from torch import nn
 
 from pquant_lightning.api import load_compressed
@@ -74,12 +74,16 @@ class Target:
 
 
 def read_target(options: argparse.Namespace) -> Target:
-    """Makes the model, the data and the methods.
+    """Makes the model, the data and the methods; what is random is the same each time, so that a run can go on.
+
+    The seed is the configuration's `seed_everything`, else 0.
 
     Raises:
         OptionError: a class cannot be found or made, something is missing, or a YAML is wrong.
     """
     config = {} if options.config is None else ConfigManager.load_config(options.config)
+    seed = config.get("seed_everything")
+    seed_everything(seed if isinstance(seed, int) and not isinstance(seed, bool) else 0, verbose=False)
     settings = Settings.read(config) if "compression" in config else None
     model_entry = _entry(options.model, options.model_arg, config.get("model"))
     if model_entry is None:

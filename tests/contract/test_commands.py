@@ -146,6 +146,16 @@ def test_compress_by_a_configuration_with_training(dense: Path, tmp_path: Path, 
     assert not torch.equal(trained.fc1.second.bias, built(MLP).fc1.bias)
 
 
+def test_a_run_from_random_weights_goes_on(capsys: Any) -> None:
+    compression = {"methods": ["low_rank"], "low_rank": {"rank": 4}}
+    Path("c.yaml").write_text(yaml.safe_dump({"compression": compression, "training": {"epochs": 1}}))
+    arguments = ["compress", "--config", "c.yaml", *MODEL, *DATA, "--dirpath", "run", "--output"]
+    main([*arguments, "first.safetensors"])
+    torch.manual_seed(7)
+    main([*arguments, "second.safetensors"])
+    assert Path("first.safetensors").read_bytes() == Path("second.safetensors").read_bytes()
+
+
 def test_compress_by_one_budget(dense: Path, capsys: Any) -> None:
     options = ["--method", "ptq", "--option", "scheme=weight_only", "--option", "min_saving=0.0"]
     found = as_json(capsys, "compress", *MODEL, *DATA, "--ckpt_path", str(dense), *options, "--budget", "size=0.4")
