@@ -114,9 +114,8 @@ def _is_rounded_next(name: str, readers: dict[str, list[Any]], values: dict[str,
     after = readers.get(name, [])
     if len(after) == 1 and after[0] is not None and after[0].op_type in _PASSED:
         return _is_rounded_next(after[0].output[0], readers, values)
-    return len({_grid_of(node, values, "QuantizeLinear") for node in after} - {None}) == 1 and None not in [
-        _grid_of(node, values, "QuantizeLinear") for node in after
-    ]
+    grids = {_grid_of(node, values, "QuantizeLinear") for node in after}
+    return len(grids) == 1 and None not in grids
 
 
 def _share_roundings(graph: Any) -> None:
