@@ -76,7 +76,7 @@ class Target:
 def read_target(options: argparse.Namespace) -> Target:
     """Makes the model, the data and the methods; what is random is the same each time, so that a run can go on.
 
-    The seed is the configuration's `seed_everything`, else 0.
+    The seed is the `seed_everything` of a configuration of `pquant fit`, else 0.
 
     Raises:
         OptionError: a class cannot be found or made, something is missing, or a YAML is wrong.
