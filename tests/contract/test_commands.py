@@ -156,6 +156,18 @@ def test_a_run_from_random_weights_goes_on(capsys: Any) -> None:
     assert Path("first.safetensors").read_bytes() == Path("second.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("first", "second"), [(3, 3), (3, 4), (0, True)])
+def test_the_seed_of_a_configuration(first: int, second: int, capsys: Any) -> None:
+    found = []
+    for seed in (first, second):
+        callbacks = [{"class_path": "pquant_lightning.LowRankCallback", "init_args": {"rank": 4}}]
+        config = {"seed_everything": seed, "trainer": {"callbacks": callbacks}}
+        Path("fit.yaml").write_text(yaml.safe_dump(config))
+        main(["compress", "--config", "fit.yaml", *MODEL, "--output", f"{len(found)}.safetensors"])
+        found.append(Path(f"{len(found)}.safetensors").read_bytes())
+    assert (found[0] == found[1]) == ((first, second) != (3, 4))
+
+
 def test_compress_by_one_budget(dense: Path, capsys: Any) -> None:
     options = ["--method", "ptq", "--option", "scheme=weight_only", "--option", "min_saving=0.0"]
     found = as_json(capsys, "compress", *MODEL, *DATA, "--ckpt_path", str(dense), *options, "--budget", "size=0.4")
