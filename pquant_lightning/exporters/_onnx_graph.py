@@ -80,15 +80,15 @@ def _drop_clips(graph: Any) -> None:
     readers, values = _readers(graph), {tensor.name: tensor for tensor in graph.initializer}
     for node in [node for node in graph.node if node.op_type == "Clip"]:
         after = readers.get(node.output[0], [])
-        ends = [_number(name, values) for name in (*node.input[1:], "", "")[:2]]
+        ends = [float(_array(values[name])) if name in values else None for name in (*node.input[1:], "", "")[:2]]
         if after and all(_is_within(_grid_of(reader, values, "QuantizeLinear"), *ends) for reader in after):
             for reader in after:
                 _reconnect(reader, node.output[0], node.input[0])
             graph.node.remove(node)
 
 
-def _number(name: str, values: dict[str, Any]) -> float | None:
-    return float(require("onnx.numpy_helper", "onnx").to_array(values[name])) if name in values else None
+def _array(tensor: Any) -> Any:
+    return require("onnx.numpy_helper", "onnx").to_array(tensor)
 
 
 def _is_within(grid: tuple[float, float] | None, low: float | None, high: float | None) -> bool:
@@ -224,26 +224,29 @@ def _round_product(grids: _Grids, node: Any) -> None:
     grids.round(node, max(min(corners), _LEAST_SWISH) if gated else min(corners), max(corners))
 
 
+def _is_gate(grids: _Grids, node: Any) -> bool:
+    """Whether a function of values on a grid only scales others."""
+    readers = grids.readers[node.output[0]]
+    return grids.of(node.input[0]) is not None and all(r is not None and r.op_type == "Mul" for r in readers)
+
+
 def _round_gate(grids: _Grids, node: Any) -> None:
     """A sigmoid, which lies between 0 and 1."""
-    readers, name = grids.readers[node.output[0]], node.input[0]
-    if grids.of(name) is not None and all(reader is not None and reader.op_type == "Mul" for reader in readers):
-        grids.gates[grids.round(node, 0.0, 1.0)] = name
+    if _is_gate(grids, node):
+        grids.gates[grids.round(node, 0.0, 1.0)] = node.input[0]
 
 
 def _round_hard_gate(grids: _Grids, node: Any) -> None:
     """clip(alpha x + beta, 0, 1), as a sum whose grid clips: alpha x has the codes of x."""
-    readers, name = grids.readers[node.output[0]], node.input[0]
     found = {attribute.name: attribute.f for attribute in node.attribute}
     alpha, beta = found.get("alpha", 0.2), found.get("beta", 0.5)
-    if grids.of(name) is None or alpha <= 0 or not all(r is not None and r.op_type == "Mul" for r in readers):
+    if alpha <= 0 or beta <= 0 or not _is_gate(grids, node):
         return
-    output, source = node.output[0], grids.made[name]
-    codes, scale, zero = source.input
-    slope = require("onnx.numpy_helper", "onnx").to_array(grids.values[scale]) * numpy.float32(alpha)
-    grids.add_value(f"{output}.slope", slope)
-    grids.add_value(f"{output}.shift.code", numpy.uint8(255 if beta > 0 else 0))
-    grids.add_value(f"{output}.shift.scale", numpy.float32(max(beta, 1e-8) / 255))
+    name, output = node.input[0], node.output[0]
+    codes, scale, zero = grids.made[name].input
+    grids.add_value(f"{output}.slope", _array(grids.values[scale]) * numpy.float32(alpha))
+    grids.add_value(f"{output}.shift.code", numpy.uint8(255))
+    grids.add_value(f"{output}.shift.scale", numpy.float32(beta / 255))
     grids.add_value(f"{output}.shift.zero", numpy.uint8(0))
     grids.add_node(node, "DequantizeLinear", [codes, f"{output}.slope", zero], f"{output}.scaled")
     grids.add_node(node, "DequantizeLinear", [f"{output}.shift.{key}" for key in _GRID], f"{output}.shift")
@@ -265,7 +268,7 @@ def _grid_of(node: Any, values: dict[str, Any], kind: str) -> tuple[float, float
         return None
     if not all(name in values for name in node.input[1:]):
         return None
-    scale, zero = (require("onnx.numpy_helper", "onnx").to_array(values[name]) for name in node.input[1:])
+    scale, zero = (_array(values[name]) for name in node.input[1:])
     return None if scale.ndim else (-float(scale) * float(zero), float(scale) * (255.0 - float(zero)))
 
 

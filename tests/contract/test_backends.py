@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from pquant_lightning import compress_model, export_model, get_backend, to_jax, to_keras, to_nnx
+from pquant_lightning import compress_model, export_model, get_backend, load_jax, to_jax, to_keras, to_nnx
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.errors import OptionError
 
@@ -114,6 +114,14 @@ def test_tied_weights_are_stored_once(kind: str, tmp_path: Path) -> None:
             return self.head(self.embedding(tokens))
 
     assert export_model(Tied(), torch.arange(12).view(3, 4), tmp_path / "tied", kind).ratio < 1.2
+
+
+def test_a_file_for_jax_takes_its_inputs_in_three_ways(tmp_path: Path) -> None:
+    export_model(nn.Linear(24, 8), X, tmp_path / "net", "jax")
+    program, params = load_jax(tmp_path / "net")
+    for inputs in (X.numpy(), [X.numpy()], {"input": X.numpy()}):
+        (output,) = program(params, inputs)
+        assert output.shape == (16, 8)
 
 
 def test_several_outputs_have_names() -> None:
