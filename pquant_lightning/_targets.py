@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch import nn
 
 from pquant_lightning.api import load_compressed
+from pquant_lightning.callbacks._lightning import is_a
 from pquant_lightning.callbacks.base import _MethodCallback
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compression_method import CompressionMethod
@@ -110,7 +111,7 @@ def read_target(options: argparse.Namespace) -> Target:
 def make_model(entry: dict[str, Any]) -> nn.Module:
     """The model of a `{class_path, init_args}`, with the layers that its `configure_model` makes."""
     model = _build(entry, "model")
-    if isinstance(model, LightningModule):
+    if is_a(model, LightningModule):
         model.configure_model()
     if not isinstance(model, nn.Module):
         raise OptionError(f"{entry['class_path']} gives a {type(model).__name__}, which is no torch.nn.Module.")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
+from pquant_lightning.callbacks._lightning import is_a, is_subclass
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compressed_layer import install_hook
 from pquant_lightning.core.compression_method import CompressionMethod
@@ -73,7 +74,7 @@ def compress_model(
     config = _configuration(method_or_config, options)
     settings = None if config is None else Settings.read(config)
     if config is not None and settings is not None and (settings.training.epochs or settings.budget is not None):
-        trains = isinstance(model, pl.LightningModule) and train_loader is not None
+        trains = is_a(model, pl.LightningModule) and train_loader is not None
         if trains or not settings.training.epochs:
             return _run_pipeline(model, config, train_loader, val_loader, inplace)
         log.warning(
@@ -225,10 +226,10 @@ def load_compressed(model_or_class: Any, path: str | Path, **init_kwargs: Any) -
     else:
         checkpoint = read_checkpoint(path)
         state, saved = checkpoint.get("state_dict", checkpoint), {}
-        if is_class and issubclass(model_or_class, pl.LightningModule) and "state_dict" in checkpoint:
+        if is_subclass(model_or_class, pl.LightningModule) and "state_dict" in checkpoint:
             with _hooked(model_or_class):
-                model = model_or_class.load_from_checkpoint(path, map_location="cpu", weights_only=True, **init_kwargs)
-            return model.eval()
+                loaded = model_or_class.load_from_checkpoint(path, map_location="cpu", weights_only=True, **init_kwargs)
+            return loaded.eval()
     model = _make(model_or_class, saved, init_kwargs) if is_class else model_or_class
     _load(model, state, path)
     return model.eval()
@@ -242,7 +243,7 @@ def _make(model_class: type[nn.Module], saved: dict[str, Any], given: dict[str, 
             f"{model_class.__name__} cannot be made from { ({**saved, **given})!r}: {error}. Pass its arguments to "
             "load_compressed, or a model."
         ) from error
-    if isinstance(model, pl.LightningModule):
+    if is_a(model, pl.LightningModule):
         model.configure_model()
     return model
 

@@ -1,7 +1,10 @@
 """Small LightningModules with small random data and a quiet Trainer, for every test that fits, saves or loads."""
 
+import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,6 +12,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+PACKAGES = ("lightning" + ".pytorch", "pytorch" + "_lightning")
+PACKAGE = "lightning.pytorch"  # whose Trainer the tests run; a fixture changes it
 
 CLASSES = 4
 BATCH_SIZE = 8
@@ -160,6 +166,18 @@ MODELS: dict[str, type[SmallModule]] = {
 }
 
 
+def models_of(package: str) -> ModuleType:
+    """This file, with all its classes derived from those of one of the two packages of Lightning."""
+    if package == PACKAGES[0]:
+        return sys.modules[__name__]
+    name = f"{__name__}_of_{package}"
+    if name not in sys.modules:
+        module = sys.modules[name] = ModuleType(name)
+        source = Path(__file__).read_text(encoding="utf-8").replace(PACKAGES[0], package)
+        exec(compile(source, __file__, "exec"), module.__dict__)
+    return sys.modules[name]
+
+
 class SmallData(LightningDataModule):
     """The batches of one of the models, for the command line."""
 
@@ -190,7 +208,8 @@ def quiet_trainer(directory: Path, callbacks: Sequence[Callback] = (), **options
     """A CPU Trainer that prints nothing and writes below `directory` only."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     place = {"accelerator": "cpu", "devices": 1, "default_root_dir": directory}
-    return Trainer(**{**quiet, **place, "max_epochs": 1, **options}, callbacks=list(callbacks))
+    make = importlib.import_module(PACKAGE).Trainer
+    return make(**{**quiet, **place, "max_epochs": 1, **options}, callbacks=list(callbacks))
 
 
 def fit(trainer: Trainer, model: SmallModule, **options: Any) -> SmallModule:

@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from pquant_lightning.callbacks._lightning import is_a
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.errors import ModelError
 from pquant_lightning.core.structure import Resized
@@ -87,7 +88,7 @@ def follow_resized(trainer: Trainer, resized: Sequence[Resized]) -> None:
                 key: change.follow(value) if isinstance(value, Tensor) and value.shape == old.shape else value
                 for key, value in state.items()
             }
-    if isinstance(trainer.strategy, DDPStrategy):
+    if is_a(trainer.strategy, DDPStrategy):
         trainer.strategy.model = trainer.lightning_module
         gc.collect()
         trainer.strategy.configure_ddp()

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from pquant_lightning.callbacks._lightning import OTHER, OURS, fitting, is_a
 from pquant_lightning.core.errors import OptionError, known
 
 
@@ -49,16 +50,20 @@ def validation_metrics(module: Any, data: Any, **options: Any) -> dict[str, floa
         data: loaders or a datamodule.
         **options: of the Trainer.
     """
-    own_log = logging.getLogger("lightning.pytorch")
-    level = own_log.level
-    own_log.setLevel(logging.ERROR)
+    logs = [logging.getLogger(name) for name in (OURS, OTHER)]
+    levels = [own_log.level for own_log in logs]
+    for own_log in logs:
+        own_log.setLevel(logging.ERROR)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     try:
-        runner = Trainer(**{"accelerator": "cpu", "devices": 1, "enable_model_summary": False, **quiet, **options})
-        given = {"datamodule" if isinstance(data, LightningDataModule) else "dataloaders": data}
+        runner = fitting(Trainer, module)(
+            **{"accelerator": "cpu", "devices": 1, "enable_model_summary": False, **quiet, **options}
+        )
+        given = {"datamodule" if is_a(data, LightningDataModule) else "dataloaders": data}
         found = runner.validate(module, verbose=False, **given)
     finally:
-        own_log.setLevel(level)
+        for own_log, level in zip(logs, levels, strict=True):
+            own_log.setLevel(level)
     module.trainer = None
     return {name: float(value) for result in found for name, value in result.items()}
 

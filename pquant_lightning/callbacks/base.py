@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from rich.progress import track
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from pquant_lightning.callbacks._lightning import is_a, overrides
 from pquant_lightning.callbacks._monitors import reset_monitors, reset_would_matter
 from pquant_lightning.callbacks._optimizers import follow_resized, repair_optimizers
 from pquant_lightning.core._private import averaged_models, launches_copies, resume_path
@@ -110,7 +110,7 @@ class _MethodCallback(Callback):
         ours = _ours(trainer)
         if self is ours[0]:
             self._prepare_run(trainer, pl_module, prepared)
-        copying = any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        copying = any(is_a(c, StochasticWeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if self is ours[-1] and copying and _is_wrapped(pl_module):
             pl_module.configure_model()  # SWA copies the model in its own setup, which comes next
 
@@ -368,7 +368,7 @@ def _check_order(trainer: Trainer) -> None:
         )
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks[: callbacks.index(ours[-1])]:
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+        if _copies_model(callback):
             shown = ", ".join([*(c.state_key for c in ours), type(callback).__name__])
             raise CallbackOrderError(
                 f"{type(callback).__name__} copies the model and stands before {ours[-1].state_key}, which changes it. "
@@ -380,7 +380,7 @@ def _check_resizing(trainer: Trainer) -> None:
     """Where parameters get smaller during training, nothing else may keep something of their old shapes."""
     for callback in (c for c in _ours(trainer) if c.method.resizes):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [c for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
+        others = [c for c in callbacks if _copies_model(c)]
         keeping = [c for c in _ours(trainer) if c.method.keeps_shapes and c is not callback]
         names = [type(c).__name__ for c in others] + [c.state_key for c in keeping]
         if trainer.strategy.restore_checkpoint_after_setup:
@@ -390,6 +390,10 @@ def _check_resizing(trainer: Trainer) -> None:
                 f"{callback.state_key} is to make parameters smaller during training, and {names[0]} keeps copies or "
                 "masks of their first shapes. Let it act at the end of the fit, or leave the other out."
             )
+
+
+def _copies_model(callback: object) -> bool:
+    return is_a(callback, WeightAveraging) or is_a(callback, StochasticWeightAveraging)
 
 
 def _is_wrapped(module: LightningModule) -> bool:
@@ -511,7 +515,7 @@ def _take_samples(trainer: Trainer, module: LightningModule, method: Compression
         return None
     trainer.fit_loop.setup_data()
     loader = trainer.train_dataloader
-    run = _predict if is_overridden("predict_step", module) else None
+    run = _predict if overrides("predict_step", module) else None
     try:
         if isinstance(loader, list | tuple | dict):
             raise CalibrationError(

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, RandomSampler
 
+from pquant_lightning.callbacks._lightning import fitting, is_a
 from pquant_lightning.core._private import resume_path
 from pquant_lightning.core.errors import OptionError
 
@@ -47,7 +48,7 @@ def with_batch_size(data: Any, size: int | None) -> Any:
     """
     if data is None or size is None:
         return data
-    if isinstance(data, LightningDataModule) and hasattr(data, "batch_size"):
+    if is_a(data, LightningDataModule) and hasattr(data, "batch_size"):
         changed: Any = copy.copy(data)
         changed.batch_size = size
         return changed
@@ -80,17 +81,18 @@ def fine_tune(
     """Fits a module in place; with a `dirpath`, goes on from the checkpoint that an interrupted fit has left there."""
     own = [*callbacks]
     if dirpath is not None:
-        own.append(ModelCheckpoint(dirpath, filename="epoch", save_last=True, enable_version_counter=False))
+        checkpoint = fitting(ModelCheckpoint, module)
+        own.append(checkpoint(dirpath, filename="epoch", save_last=True, enable_version_counter=False))
     extra = options.get("callbacks") or []
     given = {"max_epochs": epochs, "logger": False, "enable_model_summary": False, **options}
     given["callbacks"] = [*own, *(extra if isinstance(extra, list) else [extra])]
     if dirpath is None:
         given.setdefault("enable_checkpointing", False)
-    trainer = Trainer(**given)
+    trainer = fitting(Trainer, module)(**given)
     started = None if dirpath is None else dirpath / LAST
-    data = {"datamodule": train} if isinstance(train, LightningDataModule) else {"train_dataloaders": train}
+    data = {"datamodule": train} if is_a(train, LightningDataModule) else {"train_dataloaders": train}
     if val is not None and "datamodule" not in data:
-        data["val_dataloaders"] = val.val_dataloader() if isinstance(val, LightningDataModule) else val
+        data["val_dataloaders"] = val.val_dataloader() if is_a(val, LightningDataModule) else val
     path = str(started) if started is not None and started.is_file() else None
     if path is not None:
         log.info("The fine-tuning goes on from %s", path)

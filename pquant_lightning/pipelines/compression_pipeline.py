@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from pquant_lightning.callbacks._lightning import is_a
 from pquant_lightning.callbacks._validation import check_logged, validation_metrics
 from pquant_lightning.callbacks.base import CompressionCallback
 from pquant_lightning.core.calibration import Samples, describe_batch
@@ -225,7 +226,7 @@ class CompressionPipeline:
             untrained = [method.name for method in stage.methods if method.trains]
             if untrained and not stage.epochs:
                 raise OptionError(f"{untrained[0]} must be trained: PipelineStage({untrained[0]!r}, epochs=...).")
-        if trained and not isinstance(model, LightningModule):
+        if trained and not is_a(model, LightningModule):
             raise ModelError(
                 f"The stage {trained[0].name} trains, and {type(model).__name__} has no training_step: give a "
                 "LightningModule, or leave the epochs out."
@@ -234,7 +235,7 @@ class CompressionPipeline:
             raise OptionError(f"The stage {trained[0].name} trains: give run a train_loader or a datamodule.")
         if self.budget is not None and train is None:
             raise OptionError("budget measures what layers cost the outputs: give run a train_loader or a datamodule.")
-        if self.guard.monitor is not None and not isinstance(model, LightningModule):
+        if self.guard.monitor is not None and not is_a(model, LightningModule):
             raise ModelError(
                 f"monitor={self.guard.monitor!r} is what a validation_step logs, and {type(model).__name__} has none: "
                 "give a LightningModule."
@@ -365,7 +366,7 @@ class _Run:
     def _act(self, stage: PipelineStage, place: int, left_out: Sequence[str]) -> None:
         added = self._callbacks(stage, place, left_out)
         if stage.epochs:
-            assert isinstance(self.model, LightningModule)
+            assert is_a(self.model, LightningModule)
             for callback in added:
                 if (choices := self._choices(stage, callback)) is not None:
                     callback.compress_untrained(self.model, callback.method.samples_of(self.train), choices)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from pquant_lightning.callbacks._lightning import is_a, overrides
 from pquant_lightning.callbacks._validation import detached, validation_metrics
 from pquant_lightning.core.calibration import (
     Samples,
@@ -222,7 +222,7 @@ class EvaluationPipeline:
 
     def _check_names(self, logged: list[str], model: nn.Module) -> None:
         """Names that are not known must be what `validation_step` logs."""
-        if logged and not (isinstance(model, LightningModule) and is_overridden("validation_step", model)):
+        if logged and not overrides("validation_step", model):
             raise OptionError(
                 f"Unknown metric {logged[0]!r}. {known(logged[0], METRICS)} Other names are those that a "
                 f"LightningModule's validation_step logs; {type(model).__name__} has none."
@@ -295,7 +295,7 @@ def _logged(models: tuple[nn.Module, nn.Module], batches: Iterable[Any], names: 
     loader = held if isinstance(held, DataLoader) else DataLoader(held, None, collate_fn=_as_it_is)
     values = []
     for model in models:
-        assert isinstance(model, LightningModule)
+        assert is_a(model, LightningModule)
         logged = validation_metrics(detached(model), loader, accelerator=model.device.type)
         for name in names:
             if name not in logged:

@@ -1,5 +1,6 @@
-"""One fit per case, shared by the tests of its checkpoints; and a counter of decisions."""
+"""One fit per case, shared by the tests of its checkpoints; both packages of Lightning; a counter of decisions."""
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pquant_lightning import CompressionMethodRegistry
 from pquant_lightning.methods.low_rank import _truncated_svd
-from tests.contract.table import CASES, Case, assert_compressed, registered_methods
+from tests import models
+from tests.contract.table import CASES, OTHER_PACKAGE, Case, assert_compressed, registered_methods
 from tests.models import MODELS, SmallModule, fit, quiet_trainer
 
 EPOCHS = 3
@@ -41,9 +42,10 @@ class Fitted:
         return self.callbacks[-1].artifact
 
 
-def checkpointer(directory: Path) -> ModelCheckpoint:
+def checkpointer(directory: Path) -> Any:
     """Keeps a checkpoint of every epoch, the best by validation loss."""
-    return ModelCheckpoint(directory, filename="{epoch}", monitor="val_loss", save_top_k=-1)
+    make = importlib.import_module(f"{models.PACKAGE}.callbacks").ModelCheckpoint
+    return make(directory, filename="{epoch}", monitor="val_loss", save_top_k=-1)
 
 
 def resume(fitted: Fitted, directory: Path, path: Path) -> SmallModule:
@@ -59,10 +61,30 @@ def fresh_model(case: Case, seed: int = 0) -> SmallModule:
     return MODELS[case.model]()
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+def use_package(patch: pytest.MonkeyPatch, package: str) -> None:
+    """Models and Trainers are those of one of the two packages of Lightning, from here on."""
+    patch.setattr(models, "PACKAGE", package)
+    for name, model_class in models.models_of(package).MODELS.items():
+        patch.setitem(MODELS, name, model_class)
+
+
+@pytest.fixture(autouse=True)
+def _package(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test of a fitted case goes on with the package of that case."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if "fitted" in params:
+        use_package(monkeypatch, params["fitted"].package)
+
+
+@pytest.fixture(scope="module", params=[*CASES, *OTHER_PACKAGE], ids=str)
 def fitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     """Every case, fitted once per test file."""
-    case, directory = request.param, tmp_path_factory.mktemp("fit")
+    with pytest.MonkeyPatch.context() as patch:
+        use_package(patch, request.param.package)
+        return _fit(request.param, tmp_path_factory.mktemp("fit"))
+
+
+def _fit(case: Case, directory: Path) -> Fitted:
     callbacks = case.make_callbacks()
     trainer = quiet_trainer(directory, [*callbacks, checkpointer(directory)], max_epochs=EPOCHS)
     model = fit(trainer, fresh_model(case))

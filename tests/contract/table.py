@@ -5,7 +5,7 @@ A new method joins every contract test by one entry in `TABLE`.
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from pquant_lightning import (
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext
 from pquant_lightning.core.splitting import split_as_planned
-from tests.models import MODELS, Inputs, SmallModule, built
+from tests.models import MODELS, PACKAGES, Inputs, SmallModule, built
 
 Options = Mapping[str, Any]
 
@@ -162,6 +162,7 @@ class Case:
     model: str
     callbacks: tuple[Callable[[], Callback], ...] = field(repr=False)
     label: str = ""
+    package: str = PACKAGES[0]
 
     def make_callbacks(self) -> list[Any]:
         return [make() for make in self.callbacks]
@@ -179,7 +180,7 @@ class Case:
         return MODELS[self.model].inputs(seed=seed)
 
     def __str__(self) -> str:
-        return f"{self.model}-{self.label}"
+        return f"{self.model}-{self.label}" + (f"-{self.package}" if self.package != PACKAGES[0] else "")
 
 
 def _label(name: str, options: Options) -> str:
@@ -228,6 +229,17 @@ CASES = [
     Case("conv_net", (partial(TuckerCallback, rank=2), partial(QATCallback, bits=8)), "tucker+qat"),
 ]
 """For what costs more: every row and stack on the MLP, one row of each method and one stack on the other models."""
+
+OTHER_PACKAGE = [
+    replace(case, package=PACKAGES[1])
+    for case in (
+        *_rows("mlp", first_only=True),
+        Case("conv_net", (partial(TuckerCallback, rank=2),), "tucker"),
+        Case("mlp", LOW_RANK_THEN_QAT, "low_rank+qat"),
+        Case("late_mlp", (partial(PTQCallback),), "ptq"),
+    )
+]
+"""Each method once more, under the other package of Lightning."""
 
 
 def over(cases: list[Case]) -> Any:
