@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -166,6 +166,7 @@ print(sorted({{name.split(".")[0] for name in set(sys.modules) - before}} & {set
     assert result.stdout.strip() == "[]"
 
 
+@cache
 def _method_names() -> list[str]:
     loaded = CompressionMethodRegistry.loaded()
     own = [cls for cls in loaded if cls.__module__.startswith(PACKAGE.name)]
@@ -249,6 +250,7 @@ def _private_names(source: Source) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.name
 
 
+@cache
 def _defined_here() -> set[str]:
     """Private names that the package gives itself: functions, classes, attributes and module constants."""
     names = set()
@@ -266,6 +268,7 @@ def _defined_here() -> set[str]:
 FOREIGN = [nn.Module(), nn.Conv2d(1, 1, 1), nn.Embedding(1, 1), pl.LightningModule(), pl.Callback(), pl.Trainer]
 
 
+@cache
 def _listed_in_private() -> set[str]:
     """Every name that core/_private.py mentions, in a string or as an identifier."""
     source = next(source for source in SOURCES if source.name == "core._private")
