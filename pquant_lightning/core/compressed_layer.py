@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.core._private import MODULE_HOOKS
 from pquant_lightning.core.errors import CheckpointError, PQuantError, known
-from pquant_lightning.core.layer_adapter import as_torch, build_layer
+from pquant_lightning.core.layer_adapter import as_torch, build_layer, full_name
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.structure import absolute_path, arrange, tensor_at
 from pquant_lightning.core.surgery import materialize, replace_layer
@@ -19,7 +19,7 @@ from pquant_lightning.core.surgery import materialize, replace_layer
 log = logging.getLogger(__name__)
 
 SPEC_VERSION = 1
-CARRIED = ("original", "group")  # what a spec knows of the model's own code, whichever layer takes its place
+CARRIED = ("original", "group", "adapted")  # what a spec knows of the model's own code, whichever layer stands there
 _EXTRA = "_extra_state"
 
 
@@ -53,7 +53,8 @@ class CompressedLayer(nn.Module):
     Attributes:
         spec: the structure; `kind`, `by`, `layer` (the ordinary layer it stands for), the kind's own entries, and where
             channels have been taken out of the model: `original` (that layer as the model's own code makes it) and, in
-            one of its layers, `group` (see `core/structure.py`).
+            one of its layers, `group` (see `core/structure.py`). `adapted` is the type in the model's own code where
+            that holds other tensors than the ordinary layer, which then cannot stand there without a spec.
     """
 
     kinds: ClassVar[dict[str, type["CompressedLayer"]]] = {}
@@ -131,6 +132,8 @@ class CompressedLayer(nn.Module):
         ordinary = replaced if replaced is None else (as_torch(replaced) or replaced)
         if isinstance(replaced, CompressedLayer):
             spec = {**{key: replaced.spec[key] for key in CARRIED if key in replaced.spec}, **spec}
+        elif replaced is not None and ordinary is not None and not _same_tensors(replaced, ordinary):
+            spec = {"adapted": full_name(type(replaced)), **spec}
         with torch.device("meta"):
             layer = kind.from_spec(spec, ordinary)
         layer.spec = json.loads(json.dumps({"version": SPEC_VERSION, **spec}))
@@ -158,6 +161,12 @@ class CompressedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return self.described()
+
+
+def _same_tensors(layer: nn.Module, ordinary: nn.Module) -> bool:
+    """Whether both hold the same parameters under the same names."""
+    mine, others = dict(layer.named_parameters()), dict(ordinary.named_parameters())
+    return mine.keys() == others.keys() and all(others[name] is parameter for name, parameter in mine.items())
 
 
 def drop_user_hooks(twin: nn.Module) -> None:
@@ -398,9 +407,14 @@ def _layers_plain_in_file(
     """Layers compressed here that the file holds in plain form, and that no rebuilt ancestor will replace."""
     plain = {}
     for name, layer in compressed_layers(root, outermost=True).items():
-        if not layer.unfolds and _is_plain(name, specs, state_dict, prefix):
+        if not _may_unfold(layer) and _is_plain(name, specs, state_dict, prefix):
             plain[name] = layer
     return plain
+
+
+def _may_unfold(layer: CompressedLayer) -> bool:
+    """Whether the tensors of a file without a spec can be those of the ordinary layer that this one stands for."""
+    return layer.unfolds and "adapted" not in layer.spec
 
 
 def _is_plain(name: str, specs: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str) -> bool:
@@ -415,7 +429,7 @@ def _unfolded(
     found = {}
     reference = next(root.parameters(), torch.empty(0))
     for name, layer in compressed_layers(root, outermost=True).items():
-        if layer.unfolds and _is_plain(name, specs, state_dict, prefix):
+        if _may_unfold(layer) and _is_plain(name, specs, state_dict, prefix):
             found[name] = build_layer(layer.spec["layer"]).to(reference.device, reference.dtype)
     return found
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pquant_lightning.core._private import MODULE_TABLE, TENSOR_TABLES, shallow_copy
+from pquant_lightning.core.adapted_layer import in_place_of_adapted
 from pquant_lightning.core.compressed_layer import (
     CompressedLayer,
     allow_fast_path,
@@ -151,7 +152,8 @@ def _finalize_nested(layer: CompressedLayer) -> nn.Module:
         child = shell.get_submodule(name)
         assert isinstance(child, CompressedLayer)
         replace_layer(shell, name, child.finalized())
-    return shell.finalized()
+    final = shell.finalized()
+    return in_place_of_adapted(final, layer.spec) if "adapted" in layer.spec else final
 
 
 def _share_derived(final: CompressedLayer, owner_name: str, owner: CompressedLayer) -> None:

@@ -56,7 +56,16 @@ _FOREIGN: dict[str, Callable[[Any], nn.Module]] = {"transformers.pytorch_utils.C
 
 
 def _adapter_of(layer_type: type[nn.Module]) -> Callable[[Any], nn.Module] | None:
-    return _ADAPTERS.get(layer_type) or _FOREIGN.get(f"{layer_type.__module__}.{layer_type.__qualname__}")
+    return _ADAPTERS.get(layer_type) or _FOREIGN.get(full_name(layer_type))
+
+
+def full_name(layer_type: type) -> str:
+    """The name of a type with its module.
+
+    >>> full_name(nn.Linear)
+    'torch.nn.modules.linear.Linear'
+    """
+    return f"{layer_type.__module__}.{layer_type.__qualname__}"
 
 
 def register_adapter(layer_type: type[nn.Module], to_torch: Callable[[Any], nn.Module] | None = None) -> Any:

@@ -78,6 +78,7 @@ def test_a_look_alike_of_the_same_name_is_left_alone():
         ("low_rank", {"rank": 32, "min_saving": 0.0, "exclude": ["*wte", "*wpe"]}, 1e-4),
         ("ptq", {"train_loader": [TOKENS]}, 0.05),
         ("qat", {"weight_bits": 8, "act_bits": 16}, 0.05),
+        ("lora", {"r": 4, "include": ["*.h.*"]}, 1e-5),
     ],
 )
 def test_gpt2_is_compressed_everywhere_and_computes_the_same(name, options, tolerance, tmp_path):

@@ -247,7 +247,7 @@ class UnstructuredPruning(CompressionMethod):
             if self.min_saving > 0 and saving < self.min_saving:
                 return f"a file with {sparsity:.0%} zeros would save {max(saving, 0.0):.0%}"
             rows, ordinary = weight_rows(weight), as_torch(module)
-            turned = ordinary is not None and weight_of(ordinary).shape != weight.shape
+            turned = ordinary not in (None, module) and not torch.equal(weight_of(ordinary), weight)  # or square
             if spec["pattern"] is not None and turned:
                 return "its weight lies the other way round, and a pattern runs along the inputs"
             if spec["pattern"] is not None and rows.shape[1] % _pattern(spec["pattern"])[1]:
@@ -487,7 +487,7 @@ def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
     own = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() > 1 and p.is_floating_point()}
     ordinary = as_torch(module)
     if ordinary is not None:
-        return {name: p for name, p in own.items() if p is ordinary.weight or name == "weight"}
+        return {name: p for name, p in own.items() if p.numel() == weight_of(ordinary).numel()}
     if isinstance(module, tuple(SUPPORTED)):  # of a subclass, whose forward may differ: its weight is a weight still
         return {name: p for name, p in own.items() if name == "weight"}
     return own if isinstance(module, CompressedLayer | nn.MultiheadAttention | nn.RNNBase) else {}

@@ -12,9 +12,11 @@ from pquant_lightning.core.budget import allocate
 from pquant_lightning.core.calibration import Samples, batch_size, first_samples
 from pquant_lightning.core.compressed_layer import weight_of
 from pquant_lightning.core.compression_method import CompressionContext, relative_error
+from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.errors import BudgetError
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import Candidate, Skip
+from pquant_lightning.core.surgery import replace_layer
 from pquant_lightning.methods.quantization._base import ALL_BITS, QuantizationMethod
 from pquant_lightning.methods.quantization._grids import nearest_codes, weight_grid
 from pquant_lightning.methods.quantization._layers import TRAINING_KINDS, QuantLayer
@@ -69,6 +71,7 @@ def measure(
         codes, scale, zero = nearest_codes(values, weight_grid(values, spec), bits)
         return dequantize(unblock(codes, weight.shape, axis), scale, axis, zero)
 
+    model, layers = _in_ordinary_form(model, layers)
     bits = [few for few in ALL_BITS if few < 16]
     weights = {n: weight_of(layer) for n, layer in layers.items() if isinstance(weight_of(layer), nn.Parameter)}
     if context.samples is None:
@@ -84,12 +87,27 @@ def measure(
     return {name: {**found, 16: 0.0} for name, found in losses.items()}
 
 
+def _in_ordinary_form(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[nn.Module, Mapping[str, nn.Module]]:
+    """A view of the model in which layers of types that an adapter covers are the ordinary ones, and all the layers.
+
+    Their weights may lie another way round than those that are rounded.
+    """
+    adapted = {name: new for name, old in layers.items() if (new := as_torch(old)) is not None and new is not old}
+    if not adapted:
+        return model, layers
+    view = share_copy(model)
+    for name, ordinary in adapted.items():
+        replace_layer(view, name, ordinary)
+    return view, {**layers, **adapted}
+
+
 def choices_of(
     method: QuantizationMethod, layers: Mapping[str, nn.Module], context: CompressionContext, losses: Losses
 ) -> tuple[dict[str, list[Candidate]], dict[str, str]]:
     """What the budget chooses from, once for each weight; and for every layer the one that speaks for its weight."""
     owners: dict[int, str] = {}
-    owner_of = {name: owners.setdefault(id(weight_of(layer)), name) for name, layer in layers.items()}
+    weights = {name: weight_of(as_torch(layer) or layer) for name, layer in layers.items()}  # kept: ids may come again
+    owner_of = {name: owners.setdefault(id(weight), name) for name, weight in weights.items()}
     noted = replace(context, notes={**context.notes, "sensitivities": losses})
     return {name: method.candidates(name, layers[name], noted) for name in owners.values()}, owner_of
 
