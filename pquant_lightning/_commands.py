@@ -5,7 +5,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pquant_lightning._targets import Target, add_target, read_json, read_target
 from pquant_lightning.api import compression_report, load_compressed, save_compressed
 from pquant_lightning.core.calibration import Samples, bind_batch
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, LayerMethod
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.errors import OptionError
 from pquant_lightning.core.layer_adapter import as_torch
@@ -115,7 +115,7 @@ def _plan(options: argparse.Namespace) -> tuple[str, Any]:
             model = outline
         else:
             in_place = not isinstance(method, LayerMethod)
-            original = deepcopy(model) if in_place and method is methods[-1] else None
+            original = deep_copy(model) if in_place and method is methods[-1] else None
             method.carry_out(model, plan, context)
         errors.update(context.errors)
     report = make_report(model, original=original, example_inputs=target.example_inputs, errors=errors, skipped=skipped)

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ from pquant_lightning.callbacks._lightning import is_a, is_subclass
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compressed_layer import install_hook
 from pquant_lightning.core.compression_method import CompressionMethod
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import deploy
 from pquant_lightning.core.errors import CheckpointError, ModelError, OptionError, PQuantError
 from pquant_lightning.core.registry import CompressionMethodRegistry
@@ -82,7 +82,7 @@ def compress_model(
             "there is no train_loader" if train_loader is None else f"{type(model).__name__} is no LightningModule",
         )
     methods = _methods(method_or_config if config is None else config, options)
-    result = model if inplace else deepcopy(model)
+    result = model if inplace else deep_copy(model)
     for method in methods:
         if type(method).compress is not CompressionMethod.compress:  # the specification's shape: it does all itself
             result = method.compress(result, train_loader, val_loader)
@@ -136,7 +136,7 @@ def finalize(model: Model, inplace: bool = False) -> Model:
         model: a model in training form; not touched unless `inplace`.
         inplace: change the given model instead of a copy.
     """
-    result = model if inplace else deepcopy(model)
+    result = model if inplace else deep_copy(model)
     deploy(result)
     install_hook(result)
     return result.eval()

@@ -360,3 +360,11 @@ def test_registry_names_and_options():
 
 def test_there_is_a_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", pquant_lightning.__version__)
+
+
+def test_one_function_copies() -> None:
+    """`copy.deepcopy` gives up on a model that holds a lock or a file."""
+    using = [
+        path.name for path in PACKAGE.rglob("*.py") if re.search(r"\bdeepcopy\b", path.read_text(encoding="utf-8"))
+    ]
+    assert using == ["copying.py"]

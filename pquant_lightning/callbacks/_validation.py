@@ -1,12 +1,12 @@
 """Validation of a copy of the model that is being fitted, by a Trainer of its own, so that the fit notices nothing."""
 
-import copy
 import logging
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from pquant_lightning.callbacks._lightning import OTHER, OURS, fitting, is_a
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.errors import OptionError, known
 
 
@@ -72,7 +72,7 @@ def detached(module: LightningModule) -> LightningModule:
     """A copy of the model that belongs to no Trainer and compresses nothing."""
     wrapped = module.__dict__.pop("configure_model", None)
     try:
-        return copy.deepcopy(module)
+        return deep_copy(module)
     finally:
         if wrapped is not None:
             module.__dict__["configure_model"] = wrapped

@@ -1,6 +1,5 @@
 """Distillation: the compressed model learns from the uncompressed one, copied before anything is compressed."""
 
-import copy
 import functools
 import hashlib
 import logging
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from pquant_lightning.callbacks.base import BeforeCompression
 from pquant_lightning.core.calibration import main_output
 from pquant_lightning.core.compressed_layer import compressed_layers, install_hook
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.errors import CheckpointError, ModelError, OptionError, known
 from pquant_lightning.core.serialization import read_artifact, read_checkpoint
 
@@ -145,11 +145,11 @@ class DistillationCallback(BeforeCompression, Callback):
                 f"{type(module).__name__} is compressed already, so it is no teacher. Name the uncompressed one: "
                 "DistillationCallback(teacher=module_or_checkpoint)."
             )
-        teacher = given if isinstance(given, nn.Module) else copy.deepcopy(module)
+        teacher = given if isinstance(given, nn.Module) else deep_copy(module)
         if isinstance(given, str | Path):
             _load(teacher, Path(given))
         if teacher is given:
-            teacher = copy.deepcopy(teacher)
+            teacher = deep_copy(teacher)
         if trainer.world_size > 1:  # the ranks may have made their models with seeds of their own
             teacher.load_state_dict(trainer.strategy.broadcast(teacher.state_dict()))
         self._teacher = teacher.requires_grad_(False).eval()

@@ -1,6 +1,5 @@
 """The page about a compression, written at the end of a fit; and the same figures for the logger."""
 
-import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 
 from pquant_lightning.callbacks.base import _ours
 from pquant_lightning.core.calibration import bind_batch, first_samples
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import dense_form, deploy
 from pquant_lightning.core.errors import CallbackOrderError, PQuantError
 from pquant_lightning.core.report import CompressionReport
@@ -161,7 +161,7 @@ def _latency(trainer: Trainer, module: LightningModule) -> list[Metric]:
     loader = trainer.train_dataloader
     if isinstance(loader, list | tuple | dict) or loader is None:
         return []
-    after = copy.deepcopy(module).cpu()
+    after = deep_copy(module).cpu()
     deploy(after)
     before = _with_values(dense_form(after), after)
     try:

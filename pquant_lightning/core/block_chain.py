@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Callable, Collection
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from pquant_lightning.core.calibration import Samples, run_samples
+from pquant_lightning.core.copying import deep_copy
 
 _PLAIN = (str, bytes, int, float, bool, type(None))
 
@@ -144,7 +144,7 @@ class BlockInputs:
         if type(value) in (list, tuple):
             return type(value)(self._kept(item, hidden) for item in value)
         if id(value) not in self._seen:  # an object as it is before the first block: a cache of keys, still empty
-            self._seen[id(value)] = value, value if isinstance(value, Tensor) else deepcopy(value)
+            self._seen[id(value)] = value, value if isinstance(value, Tensor) else deep_copy(value)
             self._held += value.nbytes if isinstance(value, Tensor) else 0
         return self._seen[id(value)][1]
 
@@ -170,6 +170,6 @@ def _call(block: nn.Module, call: _Call) -> Any:
             return {key: given(item) for key, item in value.items()}
         if type(value) in (list, tuple):
             return type(value)(given(item) for item in value)
-        return value if isinstance(value, (Tensor, *_PLAIN)) else deepcopy(value)
+        return value if isinstance(value, (Tensor, *_PLAIN)) else deep_copy(value)
 
     return block(*given(call.args), **given(call.kwargs))

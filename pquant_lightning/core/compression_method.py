@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, TypeGuard, dataclass_transform
@@ -15,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, install_hook, weight_of
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import count_params, deployed_bytes, stored_bytes
 from pquant_lightning.core.errors import ModelError, NothingToCompressError, OptionError, known
 from pquant_lightning.core.layer_adapter import FUSED, SUPPORTED, as_torch, build_layer, layer_spec, why_unsupported
@@ -234,7 +234,7 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
         Raises:
             ModelError: no layer can be changed, weights are not finite, or a lazy layer is not built yet.
         """
-        copy = deepcopy(model)
+        copy = deep_copy(model)
         self.compress_in_place(copy, self.samples_of(train_loader))
         install_hook(copy)
         return copy

@@ -4,7 +4,6 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from pquant_lightning.core.budget import allocate
 from pquant_lightning.core.calibration import Samples, bind_batch, first_samples
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, LayerMethod
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import deploy, share_copy, stored_bytes
 from pquant_lightning.core.errors import BudgetError, ModelError, NothingToCompressError, OptionError, known
 from pquant_lightning.core.output_error import OutputError
@@ -258,7 +258,7 @@ class _Sharing:
 
     def _factor(self, method: LayerMethod, name: str, offer: Candidate, context: CompressionContext) -> float | None:
         """The error of the outputs with one candidate in the model / its loss."""
-        twin = deepcopy(self.model)
+        twin = deep_copy(self.model)
         chosen = replace(
             context, samples=self.few, choices={name: offer.options}, notes={**context.notes}, errors={}, state={}
         )
@@ -393,7 +393,7 @@ class _Sharing:
         return self._applied(steps)[1]
 
     def _applied(self, steps: Iterable[Step]) -> tuple[nn.Module, nn.Module]:
-        model = deepcopy(self.model)
+        model = deep_copy(self.model)
         apply_share(model, Share(tuple(steps), 1.0, 0.0), self.samples, self.notes)
         final = share_copy(model)
         deploy(final)

@@ -1,6 +1,5 @@
 """`.onnx` for onnxruntime: integer layers as operations that it computes in integers."""
 
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ from torch import nn
 
 from pquant_lightning.backends.base import as_numpy, require
 from pquant_lightning.backends.lowering.trace import Traced, quietly, with_tensors
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.errors import ModelError
 from pquant_lightning.exporters._onnx_graph import arrange
 from pquant_lightning.exporters._onnx_layers import with_onnx_layers
@@ -30,7 +30,7 @@ class OnnxExporter(Exporter):
 
     def twin(self, model: nn.Module) -> nn.Module:
         twin = with_onnx_layers(model)
-        return deepcopy(twin).float() if _brain_floats(model) else twin
+        return deep_copy(twin).float() if _brain_floats(model) else twin
 
     def write(self, traced: Traced, path: Path) -> None:
         onnx = require("onnx", "onnx")

@@ -5,7 +5,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from pquant_lightning.backends.lowering.trace import Traced
 from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers, install_hook, weight_of
 from pquant_lightning.core.compression_method import matches
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.errors import CheckpointError, ModelError, known
 from pquant_lightning.core.layer_adapter import as_torch, build_layer, layer_spec
 from pquant_lightning.core.partial import fingerprint, own_tensors, plain_name
@@ -411,7 +411,7 @@ class PeftExporter(Exporter):
 
     def open(self, path: Path, traced: Traced) -> Run:
         """The model with its adapters thrown away and read again."""
-        model = deepcopy(traced.model)
+        model = deep_copy(traced.model)
         for name, layer in adapters(model).items():
             replace_layer(model, name, layer.base)
         load_adapter(model, path).eval()

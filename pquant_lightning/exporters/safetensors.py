@@ -1,6 +1,5 @@
 """`.safetensors`: weights and what rebuilds their layers, for `load_compressed`; the archival form without a graph."""
 
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from safetensors import safe_open
 
 from pquant_lightning.backends.lowering.trace import Traced
 from pquant_lightning.core.compressed_layer import install_hook
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import dense_form
 from pquant_lightning.core.serialization import artifact_metadata, read_artifact, write_artifact
 from pquant_lightning.exporters.base import PACKED, Exporter, Run, run_in_torch
@@ -23,7 +23,7 @@ class SafetensorsExporter(Exporter):
 
     def open(self, path: Path, traced: Traced) -> Run:
         state, _ = read_artifact(path)
-        model = deepcopy(dense_form(traced.model)).to_empty(device="cpu")
+        model = deep_copy(dense_form(traced.model)).to_empty(device="cpu")
         install_hook(model)
         model.load_state_dict(state)
         model.eval()

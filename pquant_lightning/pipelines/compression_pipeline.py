@@ -6,7 +6,6 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pquant_lightning.callbacks.base import CompressionCallback
 from pquant_lightning.core.calibration import Samples, describe_batch
 from pquant_lightning.core.compressed_layer import changed_layers, install_hook
 from pquant_lightning.core.compression_method import CompressionMethod
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import deploy
 from pquant_lightning.core.errors import (
     CallbackOrderError,
@@ -271,7 +271,7 @@ class _Run:
         self, pipeline: CompressionPipeline, model: nn.Module, train: Any, val: Any, dirpath: Path | None
     ) -> None:
         self.pipeline, self.original, self.train, self.val, self.dirpath = pipeline, model, train, val, dirpath
-        self.model = deepcopy(model)
+        self.model = deep_copy(model)
         install_hook(self.model)
         self.callbacks: list[CompressionCallback] = []
         self.before = self._metric(model)
@@ -342,7 +342,7 @@ class _Run:
         model, callbacks = self.model, self.callbacks
 
         def attempt(left_out: Sequence[str]) -> None:
-            self.model, self.callbacks = deepcopy(model), deepcopy(callbacks)
+            self.model, self.callbacks = deep_copy(model), deep_copy(callbacks)
             install_hook(self.model)
             self._act(stage, place, left_out)
 
@@ -444,7 +444,7 @@ class _Run:
         monitor = self.pipeline.guard.monitor
         if monitor is None:
             return None
-        copy = deepcopy(model)
+        copy = deep_copy(model)
         if model is not self.original:
             deploy(copy)
         found = validation_metrics(copy, self.val)

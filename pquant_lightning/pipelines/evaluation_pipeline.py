@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from pquant_lightning.core.calibration import (
     run_forward,
     run_samples,
 )
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import count_params, deploy, share_copy
 from pquant_lightning.core.errors import ModelError, OptionError, known
 from pquant_lightning.core.report import count_macs
@@ -337,7 +337,7 @@ def _compare_outputs(
 ) -> tuple[dict[str, Comparison], int]:
     """Metrics of the outputs and the targets, in one pass over the data, and the number of samples."""
     distance, count = _OutputDistance(), 0
-    meters: dict[str, list[Metric]] = {n: [deepcopy(m), deepcopy(m)] for n, m in metrics.items() if m is not None}
+    meters: dict[str, list[Metric]] = {n: [deep_copy(m), deep_copy(m)] for n, m in metrics.items() if m is not None}
     for batch in batches:
         before, after = (_output(model, batch) for model in models)
         if before.shape != after.shape:

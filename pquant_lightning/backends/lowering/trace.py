@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +19,7 @@ from torch.export.graph_signature import OutputKind
 
 from pquant_lightning.core._private import pytree
 from pquant_lightning.core.compressed_layer import CompressedLayer
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import deploy, iter_deployed
 from pquant_lightning.core.errors import ModelError, known
 from pquant_lightning.core.report import as_call
@@ -146,7 +146,7 @@ def trace(
     """
     if meta := [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
         raise ModelError(f"{meta[0]!r} has no values (it is on the meta device); load the model's weights first.")
-    model = finalized_copy(model) if finalizes else deepcopy(model).eval().cpu()
+    model = finalized_copy(model) if finalizes else deep_copy(model).eval().cpu()
     args, kwargs = as_call(example_inputs)
     args, kwargs = pytree.tree_map_only(Tensor, _alone, (args, kwargs))
     names = _names(model, args, kwargs)
@@ -163,7 +163,7 @@ def _alone(tensor: Tensor) -> Tensor:
 
 def finalized_copy(model: nn.Module) -> nn.Module:
     """The deployed form of a copy, in eval mode, on the CPU; a single layer may be a compressed one itself."""
-    model = deepcopy(model)
+    model = deep_copy(model)
     if isinstance(model, CompressedLayer):
         model = dict(iter_deployed(model))[""]
     else:

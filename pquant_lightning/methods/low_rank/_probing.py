@@ -1,13 +1,13 @@
 """How much the model's outputs suffer where one layer alone is factorized: what a shared budget must know."""
 
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 
 from pquant_lightning.core.calibration import Samples, first_samples
+from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.moments import InputMoments
@@ -62,7 +62,7 @@ def _approximated(module: nn.Module, probe: Candidate, moments: InputMoments | N
     layer: Any = as_torch(module)
     kind = find_low_rank_kind(probe.options["kind"])
     (u, s, vh), shift, _ = fit_layer(layer, kind, probe.options["rank"], moments)
-    twin = deepcopy(layer)
+    twin = deep_copy(layer)
     with torch.no_grad():
         twin.weight.copy_(kind.from_matrix((u * s.unsqueeze(-2)) @ vh, tuple(twin.weight.shape[2:])))
         if shift is not None:
