@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from pquant_lightning.core.compressed_layer import CARRIED, CompressedLayer, Stage
+from pquant_lightning.core.compressed_layer import CARRIED, CompressedLayer, Stage, weight_of
 from pquant_lightning.core.layer_adapter import build_layer
 
 
@@ -24,9 +24,20 @@ class AdaptedLayer(CompressedLayer, kind="adapted_layer", stage=Stage.UNFUSE):
         return new
 
     def dense_weight(self) -> Tensor:
-        weight = self.layer.dense_weight() if isinstance(self.layer, CompressedLayer) else self.layer.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return weight_of(self.layer)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the ordinary layer."""
+        return self.dense_weight()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the ordinary layer; embeddings have none."""
+        if "bias" not in self.spec["layer"]:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'bias'")
+        found: Tensor | None = self.layer.bias  # type: ignore[assignment]
+        return found
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         out: Tensor = self.layer(x, *args)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.core._private import MODULE_HOOKS
 from pquant_lightning.core.errors import CheckpointError, PQuantError, known
-from pquant_lightning.core.layer_adapter import as_torch, build_layer, full_name
+from pquant_lightning.core.layer_adapter import ATTRIBUTES, as_torch, attribute_of, build_layer, full_name
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.structure import absolute_path, arrange, tensor_at
 from pquant_lightning.core.surgery import materialize, replace_layer
@@ -45,6 +45,7 @@ class CompressedLayer(nn.Module):
     """A layer put in by this library; a *kind* is a concrete subclass, registered by name as a class keyword.
 
     It carries its structure, the spec, as JSON in its extra state: a state dict alone says how to rebuild the model.
+    Read from outside it is the ordinary layer of its spec: it has that one's `in_features`, `stride`, `padding_idx`.
 
     Args (class keywords):
         kind: the name in the spec; None for a shared base.
@@ -161,6 +162,28 @@ class CompressedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return self.described()
+
+
+def _of_ordinary(name: str) -> property:
+    """An attribute of the ordinary layer: the value that the class or the user has set, else what the spec says."""
+
+    def get(self: CompressedLayer) -> Any:
+        own = self.__dict__
+        if name in own:
+            return own[name]
+        if name in own["_modules"]:  # a child of that name
+            return own["_modules"][name]
+        return attribute_of(own["spec"].get("layer", {}) if "spec" in own else {}, name)
+
+    def set_own(self: CompressedLayer, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return property(get, set_own, doc=f"`{name}` of the ordinary layer that this one stands for.")
+
+
+# a model's own code may read them: transformers' MobileNet the stride, Mamba the kernel_size of a convolution
+for _name in ATTRIBUTES:
+    setattr(CompressedLayer, _name, _of_ordinary(_name))
 
 
 def _same_tensors(layer: nn.Module, ordinary: nn.Module) -> bool:

@@ -35,6 +35,9 @@ SUPPORTED: dict[type[nn.Module], tuple[str, ...]] = {
 _NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 # norms that can be folded away; described and built like layers, and not compressed by themselves
 NORMS: dict[type[nn.Module], tuple[str, ...]] = dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _NORM)
+_CONSTANT = ("output_padding", "transposed")  # of a convolution, whatever its arguments are
+# what a model's own code may read of an ordinary layer or norm, beside its tensors
+ATTRIBUTES = tuple(dict.fromkeys([*_CONSTANT, *(n for names in (*SUPPORTED.values(), *NORMS.values()) for n in names)]))
 _ATTENTION = ("embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first")
 # layers that hold several weights in one; methods see their parts (`core/attention.py`)
 FUSED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: _ATTENTION}
@@ -154,6 +157,23 @@ def build_layer(spec: dict[str, Any], **overrides: Any) -> nn.Module:
     config = {**spec, **overrides}
     layer_type = _BY_NAME[config.pop("type")]
     return layer_type(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})
+
+
+def attribute_of(spec: dict[str, Any], name: str) -> Any:
+    """One of the `ATTRIBUTES` of the layer that `layer_spec` described.
+
+    Raises:
+        AttributeError: such a layer has no attribute of that name.
+
+    >>> attribute_of({"type": "Conv1d", "kernel_size": [3]}, "kernel_size")
+    (3,)
+    """
+    if name in spec:
+        value = spec[name]
+        return tuple(value) if isinstance(value, list) else value
+    if name not in _CONSTANT or "kernel_size" not in spec:
+        raise AttributeError(f"a {spec.get('type', 'layer')} has no attribute {name!r}")
+    return "Transpose" in spec["type"] if name == "transposed" else (0,) * len(spec["kernel_size"])
 
 
 def resized_spec(spec: dict[str, Any], shape: Sequence[int]) -> dict[str, Any]:

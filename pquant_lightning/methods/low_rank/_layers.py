@@ -61,6 +61,14 @@ class LowRankLayer(CompressedLayer, stage=Stage.FACTORIZE):
         """The weight of the layer this one stands for, computed from the factors; read-only."""
         return self.dense_weight()
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the layer this one stands for; embeddings have none."""
+        if "bias" not in self.spec["layer"]:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'bias'")
+        found: Tensor | None = self.second.bias  # type: ignore[assignment]
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.second(self.first(x))
         return out

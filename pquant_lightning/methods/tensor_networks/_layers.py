@@ -71,6 +71,16 @@ class FactoredLayer(CompressedLayer, stage=Stage.FACTORIZE):
         return x
 
 
+class FactoredConv(FactoredLayer):
+    """A chain that stands for a convolution: its bias is that of the last part."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the layer this one stands for."""
+        found: Tensor | None = self.parts[-1].bias  # type: ignore[assignment]
+        return found
+
+
 def plain_weights(parts: nn.ModuleList) -> list[Tensor] | None:
     """The weights of the parts if a forward may read them instead of calling the parts, else None.
 

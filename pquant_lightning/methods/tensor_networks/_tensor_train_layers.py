@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pquant_lightning.core._private import TENSOR_VERSION
 from pquant_lightning.methods.tensor_networks._contraction import TrainShape, merged, multiply, to_core
 from pquant_lightning.methods.tensor_networks._convs import from_kernel, pointwise, spatial, to_kernel
-from pquant_lightning.methods.tensor_networks._layers import FactoredLayer, plain_weights
+from pquant_lightning.methods.tensor_networks._layers import FactoredConv, FactoredLayer, plain_weights
 from pquant_lightning.methods.tensor_networks._tt_svd import tt_dense
 
 
@@ -209,7 +209,7 @@ class TensorTrainEmbedding(_TrainMatrix, kind="tensor_train_embedding"):
         return rows.flatten(1)
 
 
-class TensorTrainConv(FactoredLayer, kind="tensor_train_conv"):
+class TensorTrainConv(FactoredConv, kind="tensor_train_conv"):
     """`Conv(in, out, k)` as a 1x1 conv, one along each spatial dimension, and a 1x1 conv; ConvTranspose as well."""
 
     @staticmethod

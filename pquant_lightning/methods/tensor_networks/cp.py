@@ -20,14 +20,14 @@ from pquant_lightning.methods.tensor_networks._convs import (
     why_no_kernel,
 )
 from pquant_lightning.methods.tensor_networks._cp_als import balanced_terms, cp_als, cp_dense, cp_full_rank, khatri_rao
-from pquant_lightning.methods.tensor_networks._layers import FactoredLayer, plain_weights
+from pquant_lightning.methods.tensor_networks._layers import FactoredConv, FactoredLayer, plain_weights
 from pquant_lightning.methods.tensor_networks._output_fit import fit_cp_matrix, fit_kernel, padded_matrix
 from pquant_lightning.methods.tensor_networks._sizes import matrix_modes
 
 _ROWS = 2  # leading modes that make the rows of the matrix which is decomposed
 
 
-class CPConv(FactoredLayer, kind="cp_conv"):
+class CPConv(FactoredConv, kind="cp_conv"):
     """`Conv(in, out, k)` as 1x1 `Conv(in, g*R)`, depthwise `Conv(g*R, g*R, k)`, 1x1 `Conv(g*R, out)`, g groups."""
 
     @staticmethod

@@ -13,14 +13,14 @@ from pquant_lightning.core.options import check_rank_or_share, one_of
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.methods.tensor_networks._base import TensorNetworkMethod, output_moment
 from pquant_lightning.methods.tensor_networks._convs import from_kernel, pointwise, spatial, to_kernel, why_no_kernel
-from pquant_lightning.methods.tensor_networks._layers import FactoredLayer
+from pquant_lightning.methods.tensor_networks._layers import FactoredConv
 from pquant_lightning.methods.tensor_networks._output_fit import fit_kernel, seen_kernel
 from pquant_lightning.methods.tensor_networks._tucker2 import tucker2, tucker2_dense, tucker2_ranks
 
 _BALANCE = 1 / 3  # of the exponent: three parts share the weight's scale
 
 
-class TuckerConv(FactoredLayer, kind="tucker_conv"):
+class TuckerConv(FactoredConv, kind="tucker_conv"):
     """`Conv(in, out, k)` as 1x1 `Conv(in, g*r_in)`, `Conv(g*r_in, g*r_out, k)`, 1x1 `Conv(g*r_out, out)`, g groups."""
 
     @staticmethod
