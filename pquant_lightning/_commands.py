@@ -21,6 +21,7 @@ from pquant_lightning.core.compression_method import CompressionContext, Compres
 from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.errors import OptionError
+from pquant_lightning.core.hyperparameters import loading_line
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import CompressionPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
@@ -167,12 +168,11 @@ def _compress(options: argparse.Namespace) -> tuple[str, Any]:
         stages = [f"{stage.name}: {', '.join(stage.put_back)} put back" for stage in result.stages if stage.put_back]
     path = save_compressed(model, options.output)
     size = path.stat().st_size
-    name = type(model).__name__
     lines = [
         str(report),
         *stages,
         f"{path}: {size:,} bytes. Load it with",
-        f"    load_compressed({name}, {str(path)!r})",
+        f"    {loading_line(model, path)}",
     ]
     return "\n".join(lines), {"path": str(path), "size_bytes": size, "report": report.to_dict()}
 
@@ -297,7 +297,7 @@ def _page(target: Target, options: argparse.Namespace) -> ReportPage:
         found = EvaluationPipeline(options.metric).run(target.model, compressed, target.data)
         metrics = [Metric(m.name, m.before, m.after, m.unit, True) for m in found.metrics if m.after is not None]
     name = type(target.model).__name__
-    load = f"from pquant_lightning import load_compressed\n\nmodel = load_compressed({name}, {options.compressed!r})"
+    load = f"from pquant_lightning import load_compressed\n\nmodel = {loading_line(target.model, options.compressed)}"
     return ReportPage(name, report, metrics, commands={"Load it": load})
 
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,14 +16,16 @@ from pquant_lightning.core.compressed_layer import install_hook
 from pquant_lightning.core.compression_method import CompressionMethod
 from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import deploy
-from pquant_lightning.core.errors import CheckpointError, ModelError, OptionError, PQuantError
+from pquant_lightning.core.errors import CheckpointError, OptionError, PQuantError
+from pquant_lightning.core.hyperparameters import Arguments, arguments_of
+from pquant_lightning.core.options import check_model
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport, make_report
 from pquant_lightning.core.serialization import (
     ARTIFACT_NAME,
     artifact_metadata,
-    read_artifact,
     read_checkpoint,
+    read_model,
     write_artifact,
     write_state_dict,
 )
@@ -69,8 +72,7 @@ def compress_model(
     >>> sum(p.numel() for p in net.parameters()), sum(p.numel() for p in small.parameters())
     (4810, 1690)
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"compress_model takes a model, a torch.nn.Module that is made already; got {model!r}.")
+    check_model("compress_model", model)
     config = _configuration(method_or_config, options)
     settings = None if config is None else Settings.read(config)
     if config is not None and settings is not None and (settings.training.epochs or settings.budget is not None):
@@ -135,7 +137,11 @@ def finalize(model: Model, inplace: bool = False) -> Model:
     Args:
         model: a model in training form; not touched unless `inplace`.
         inplace: change the given model instead of a copy.
+
+    Raises:
+        ModelError: it is no model.
     """
+    check_model("finalize", model)
     result = model if inplace else deep_copy(model)
     deploy(result)
     install_hook(result)
@@ -148,6 +154,7 @@ def prepare(model: Model) -> Model:
     The callbacks do this by themselves; it is needed for a plain `load_state_dict`, and before `fit` with a strategy
     that trains copies of the model (`ddp_spawn`, `ddp_notebook`).
     """
+    check_model("prepare", model)
     install_hook(model)
     return model
 
@@ -173,6 +180,8 @@ def compression_report(original: nn.Module, compressed: nn.Module, example_input
         compressed: training form or deployed form.
         example_inputs: what `forward` takes (tensor, tuple or dict), for the multiply-accumulates.
     """
+    check_model("compression_report", original)
+    check_model("compression_report", compressed)
     return make_report(compressed, original=original, example_inputs=example_inputs)
 
 
@@ -189,6 +198,9 @@ def save_compressed(model: nn.Module, path: str | Path) -> Path:
     Raises:
         OptionError: another ending.
     """
+    check_model("save_compressed", model)
+    if not isinstance(path, str | os.PathLike):
+        raise OptionError(f"save_compressed takes a path as text or pathlib.Path, got {path!r}.")
     path = Path(path)
     if path.suffix == "":
         path = path / ARTIFACT_NAME
@@ -201,51 +213,122 @@ def save_compressed(model: nn.Module, path: str | Path) -> Path:
     return path
 
 
-def load_compressed(model_or_class: Any, path: str | Path, **init_kwargs: Any) -> Any:
+def load_compressed(model_or_class: Any, path: str | Path, *, weights_only: bool = True, **init_kwargs: Any) -> Any:
     """Loads a compressed model, whatever was done to it, and returns it in eval mode.
 
     Args:
         model_or_class: the uncompressed model (it is changed and returned), or its class.
         path: a Lightning `.ckpt`, a `.safetensors` or `.pt` file, or a directory written by `save_compressed`.
+        weights_only: False reads checkpoints that hold objects (losses, enums, classes) as hyperparameters; that can
+            run code from the file, so only for files that you trust.
         **init_kwargs: arguments of the class; those of a LightningModule's saved hyperparameters are known.
 
     Raises:
         CheckpointError: the file is truncated, foreign, hostile, or does not fit the model.
+        OptionError: the class needs an argument that the file does not hold; the message names it.
     """
-    path = Path(path)
-    path = path / ARTIFACT_NAME if path.is_dir() and (path / ARTIFACT_NAME).exists() else path
-    if path.is_dir():
-        raise CheckpointError(f"The directory {path} holds no {ARTIFACT_NAME}; name the checkpoint file itself.")
-    is_class = isinstance(model_or_class, type)
+    is_class = isinstance(model_or_class, type) and issubclass(model_or_class, nn.Module)
+    if not is_class:
+        check_model("load_compressed", model_or_class, or_class=True)
+    path = _file(path)
     if not is_class and init_kwargs:
         raise OptionError(
             f"Arguments ({', '.join(init_kwargs)}) go with a class; {type(model_or_class).__name__} is made already."
         )
     if path.suffix == ".safetensors":
-        state, saved = read_artifact(path)
+        state, saved = read_model(path)
     else:
-        checkpoint = read_checkpoint(path)
-        state, saved = checkpoint.get("state_dict", checkpoint), {}
+        checkpoint = read_checkpoint(path, weights_only)
+        state, saved = checkpoint.get("state_dict", checkpoint), _arguments_in(checkpoint, model_or_class)
         if is_subclass(model_or_class, pl.LightningModule) and "state_dict" in checkpoint:
-            with _hooked(model_or_class):
-                loaded = model_or_class.load_from_checkpoint(path, map_location="cpu", weights_only=True, **init_kwargs)
-            return loaded.eval()
-    model = _make(model_or_class, saved, init_kwargs) if is_class else model_or_class
+            return _load_from_checkpoint(model_or_class, path, weights_only, saved, init_kwargs).eval()
+    if is_class:
+        model = _make(model_or_class, saved, init_kwargs)
+    else:
+        model = model_or_class
+        _compare_arguments(model, saved)
     _load(model, state, path)
     return model.eval()
 
 
-def _make(model_class: type[nn.Module], saved: dict[str, Any], given: dict[str, Any]) -> nn.Module:
+def _file(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise OptionError(f"A path is text or a pathlib.Path, got {path!r}.")
+    path = Path(path)
+    path = path / ARTIFACT_NAME if path.is_dir() and (path / ARTIFACT_NAME).exists() else path
+    if path.is_dir():
+        raise CheckpointError(f"The directory {path} holds no {ARTIFACT_NAME}; name the checkpoint file itself.")
+    return path
+
+
+def _arguments_in(checkpoint: Mapping[str, Any], model_or_class: Any) -> Arguments:
+    """What a Lightning checkpoint says about the arguments of its model."""
+    known = checkpoint.get("hyper_parameters", {})
+    if not isinstance(known, Mapping):
+        return Arguments()
+    known, holder = {str(name): value for name, value in known.items()}, checkpoint.get("hparams_name")
+    cls = model_or_class if isinstance(model_or_class, type) else type(model_or_class)
+    return Arguments.of_values(cls, known, holder if isinstance(holder, str) else None)
+
+
+def _load_from_checkpoint(
+    model_class: Any, path: Path, weights_only: bool, saved: Arguments, given: dict[str, Any]
+) -> pl.LightningModule:
+    """By Lightning's own way, which knows its hyperparameters and older versions of its checkpoints."""
+    given = {name: value for name, value in given.items() if value is not ...}
+    if "_instantiator" not in saved.known:  # else LightningCLI makes the arguments
+        saved.for_class(model_class, given)
+    _warn_of_defaults(model_class, saved, given)
     try:
-        model = model_class(**{**saved, **given})
+        with _hooked(model_class):
+            model: pl.LightningModule = model_class.load_from_checkpoint(
+                path, map_location="cpu", weights_only=weights_only, **given
+            )
+    except PQuantError:
+        raise
     except TypeError as error:
-        raise OptionError(
-            f"{model_class.__name__} cannot be made from { ({**saved, **given})!r}: {error}. Pass its arguments to "
-            "load_compressed, or a model."
-        ) from error
+        raise OptionError(_cannot_be_made(model_class, {**saved.known, **given}, error)) from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit {model_class.__name__}: {error}") from error
+    return model
+
+
+def _make(model_class: type[nn.Module], saved: Arguments, given: dict[str, Any]) -> nn.Module:
+    arguments = saved.for_class(model_class, given)
+    _warn_of_defaults(model_class, saved, given)
+    try:
+        model = model_class(**arguments)
+    except TypeError as error:
+        raise OptionError(_cannot_be_made(model_class, arguments, error)) from error
     if is_a(model, pl.LightningModule):
         model.configure_model()
     return model
+
+
+def _cannot_be_made(model_class: type[nn.Module], arguments: Mapping[str, Any], error: TypeError) -> str:
+    return (
+        f"{model_class.__name__} cannot be made from {dict(arguments)!r}: {error}. Pass its arguments to "
+        "load_compressed, or a model."
+    )
+
+
+def _warn_of_defaults(model_class: type[nn.Module], saved: Arguments, given: Mapping[str, Any]) -> None:
+    if names := saved.not_known(model_class, given):
+        keeps = " (self.save_hyperparameters() in its __init__ keeps them)"
+        log.warning(
+            "The file does not hold the arguments %s of %s%s: it is made with their defaults. If the saved model had "
+            "others, pass them to load_compressed.",
+            ", ".join(names),
+            model_class.__name__,
+            keeps if is_subclass(model_class, pl.LightningModule) else "",
+        )
+
+
+def _compare_arguments(model: nn.Module, saved: Arguments) -> None:
+    """A model that was made with other arguments may compute something else with the same weights."""
+    if others := saved.differences(arguments_of(model)):
+        shown = "; ".join(f"{name}={there!r}, here {here!r}" for name, (there, here) in others.items())
+        log.warning("The file was written by a %s with other arguments: %s.", type(model).__name__, shown)
 
 
 def _load(model: nn.Module, state: dict[str, Any], path: Path) -> None:

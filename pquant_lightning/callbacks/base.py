@@ -18,10 +18,11 @@ from rich.progress import track
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from pquant_lightning.callbacks._checkpoints import best_path, read_as_trainer
 from pquant_lightning.callbacks._lightning import is_a, overrides
 from pquant_lightning.callbacks._monitors import reset_monitors, reset_would_matter
 from pquant_lightning.callbacks._optimizers import follow_resized, repair_optimizers
-from pquant_lightning.core._private import averaged_models, launches_copies, resume_path
+from pquant_lightning.core._private import averaged_models, launches_copies, resume_path, resume_switch
 from pquant_lightning.core.calibration import Samples, first_samples, run_samples
 from pquant_lightning.core.compressed_layer import (
     Stage,
@@ -41,13 +42,13 @@ from pquant_lightning.core.errors import (
     NothingToCompressError,
     OptionError,
 )
+from pquant_lightning.core.hyperparameters import loading_line
 from pquant_lightning.core.optimizer import separate_groups
 from pquant_lightning.core.partial import complete, omit_frozen
 from pquant_lightning.core.plan import CompressionPlan, Skip
 from pquant_lightning.core.report import CompressionReport, make_report
 from pquant_lightning.core.serialization import (
     artifact_metadata,
-    read_checkpoint,
     read_sharded_specs,
     share_equal_storage,
     write_artifact,
@@ -218,6 +219,8 @@ class _MethodCallback(Callback):
             hook = partial(_project, self.method, pl_module, self._state)
             self._scratch.handles = [o.register_step_post_hook(hook) for o in trainer.optimizers]
             self.method.project(pl_module, self._state)
+        if self is ours[-1]:
+            self._scratch.best_before = best_path(trainer)
         if self is ours[-1] and self.report is not None:
             pl_module.log("pquant/compression_ratio", self.report.compression_ratio, sync_dist=True)
             pl_module.log("pquant/size_ratio", self.report.size_ratio, prog_bar=True, sync_dist=True)
@@ -297,7 +300,7 @@ class _MethodCallback(Callback):
         last = self is _ours(trainer)[-1] and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if last and self.artifact is not None and self.report is not None and trainer.is_global_zero:
             try:
-                size = _write_artifact(trainer, pl_module, self.artifact, self._scratch.gathered)
+                size = _write_artifact(trainer, pl_module, self.artifact, self._scratch)
             except CheckpointError as error:  # the trained model and its checkpoints must not be lost for this
                 log.error("No artefact was written: %s", error)
                 self.artifact = None
@@ -307,7 +310,7 @@ class _MethodCallback(Callback):
                 self.artifact,
                 f"{size:,}",
                 100 * size / self.report.size_bytes[0],
-                f"load_compressed({type(pl_module).__name__}, {str(self.artifact)!r})",
+                loading_line(pl_module, self.artifact),
             )
         self._scratch = _Run()
 
@@ -335,6 +338,7 @@ class _Run:
         self.names_before: dict[int, str] = {}
         self.handles: list[Any] = []
         self.gathered: dict[str, Any] | None = None
+        self.best_before = ""  # the best checkpoint of an earlier fit, which this one has not written
         self.samples: Samples | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Run":
@@ -443,7 +447,7 @@ def _take_structure(trainer: Trainer, module: LightningModule, path: str) -> Non
     if file.is_dir():
         checkpoint, specs, state = read_sharded_specs(file)
     else:
-        checkpoint = read_checkpoint(file)
+        checkpoint = read_as_trainer(trainer, path, resume_switch(trainer))
         state = dict(checkpoint.get("state_dict", {}))
         complete(module, state)
         specs = read_specs(state)
@@ -454,7 +458,7 @@ def _take_structure(trainer: Trainer, module: LightningModule, path: str) -> Non
                 raise CheckpointError(
                     f"{path} was written without {callback.state_key}, so resuming would train without it. Load "
                     "the weights first and fit without ckpt_path, which compresses them: "
-                    f"model = load_compressed({type(module).__name__}, {path!r}); or take the callback out of the list."
+                    f"model = {loading_line(module, path)}; or take the callback out of the list."
                 )
     rebuild(module, specs, state)
 
@@ -484,15 +488,16 @@ def _report(trainer: Trainer, module: LightningModule) -> None:
     ours[-1].report = report
 
 
-def _write_artifact(trainer: Trainer, module: LightningModule, path: Path, gathered: dict[str, Any] | None) -> int:
+def _write_artifact(trainer: Trainer, module: LightningModule, path: Path, run: _Run) -> int:
     """Writes the best checkpoint's model where one is monitored, else the current one; returns the bytes."""
     shell = share_copy(module)
-    state = gathered
-    checkpointer: Any = trainer.checkpoint_callback
-    best = Path(getattr(checkpointer, "best_model_path", "") or ".")
-    if getattr(checkpointer, "monitor", None) is not None and best.is_file():
-        checkpoint = read_checkpoint(best)
-        state = checkpoint["state_dict"]
+    state = run.gathered
+    best = best_path(trainer)
+    if best and Path(best).is_file():
+        checkpointer: Any = trainer.checkpoint_callback
+        # what this run has written may hold its own objects; of another file that is for the user to say
+        weights_only = False if best != run.best_before else resume_switch(trainer)
+        state = read_as_trainer(trainer, best, weights_only)["state_dict"]
         log.info("The artefact holds the best checkpoint by %s: %s", checkpointer.monitor, best)
     if state is not None:
         complete(shell, state)

@@ -13,6 +13,7 @@ from pquant_lightning.core.calibration import bind_batch, first_samples
 from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import dense_form, deploy
 from pquant_lightning.core.errors import CallbackOrderError, PQuantError
+from pquant_lightning.core.hyperparameters import loading_line
 from pquant_lightning.core.report import CompressionReport
 from pquant_lightning.utils.benchmarking import benchmark_models
 from pquant_lightning.utils.report_page import Figure, Metric, ReportPage
@@ -123,7 +124,7 @@ class CompressionReportCallback(Callback):
         commands = {}
         if artifact is not None:
             commands["Load it"] = (
-                f"from pquant_lightning import load_compressed\n\nmodel = load_compressed({name}, {str(artifact)!r})"
+                f"from pquant_lightning import load_compressed\n\nmodel = {loading_line(module, artifact)}"
             )
         methods = {callback.state_key: _plain(callback.method.config) for callback in _ours(trainer)}
         return ReportPage(name, report, metrics, self._curves, self._moments, methods, commands, figures, note)

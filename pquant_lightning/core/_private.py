@@ -39,6 +39,9 @@ ATTENTION_ATTRIBUTES = ("batch_first", "in_proj_bias", "_qkv_same_embed_dim", "n
 # Lightning 2.6.6, callbacks/model_checkpoint.py: the step at which nothing is saved a second time
 LAST_STEP_SAVED = "_last_global_step_saved"
 
+# Lightning 2.6.6, utilities/parsing.py: the argument that save_hyperparameters was given as a whole, or "kwargs"
+HPARAMS_NAME = "_hparams_name"
+
 # torch 2.13: the base of modes that see every operation that torch executes, as FlopCounterMode's
 DispatchMode: Any = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
 
@@ -66,11 +69,21 @@ def resume_path(trainer: Any) -> str | None:
     `trainer.ckpt_path` is unset or stale in `setup`: the resolved path ("best", "last", "hpc" included) is only a local
     of `Trainer._run` (Lightning 2.6.6, trainer/trainer.py), so we look for that frame.
     """
+    path = _local_of_run(trainer, "ckpt_path")
+    return None if path is None else str(path)
+
+
+def resume_switch(trainer: Any) -> bool | None:
+    """The `weights_only` that the running fit, validate, test or predict was given; found as `resume_path` is."""
+    switch = _local_of_run(trainer, "weights_only")
+    return switch if isinstance(switch, bool) else None
+
+
+def _local_of_run(trainer: Any, name: str) -> Any:
     frame: Any = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
-            path = frame.f_locals.get("ckpt_path")
-            return None if path is None else str(path)
+            return frame.f_locals.get(name)
         frame = frame.f_back
     return None
 

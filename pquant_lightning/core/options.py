@@ -5,7 +5,9 @@ import typing
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pquant_lightning.core.errors import OptionError, known
+from torch import nn
+
+from pquant_lightning.core.errors import ModelError, OptionError, known
 
 
 @cache
@@ -28,6 +30,21 @@ def check_type(owner: type, name: str, value: object) -> None:
         raise OptionError(f"{owner.__name__} has no {name} {value!r}. {known(value, map(str, choices))}")
     shown = " or ".join(_readable(part) for part in _parts(hint))
     raise OptionError(f"{owner.__name__} takes {shown} for {name}, got {value!r} ({type(value).__name__}).")
+
+
+def check_model(function: str, value: object, or_class: bool = False) -> None:
+    """Checks that what a function was given is a model.
+
+    Raises:
+        ModelError: it is something else; a class is told apart.
+    """
+    if isinstance(value, nn.Module):
+        return
+    what = "a model, a torch.nn.Module that is made already"
+    if or_class:
+        what += ", or the class of one"
+    hint = " Make the model first." if isinstance(value, type) and issubclass(value, nn.Module) else ""
+    raise ModelError(f"{function} takes {what}; got {value!r}.{hint}")
 
 
 def one_of(owner: type, default: dict[str, Any], **given: Any) -> tuple[str, Any]:

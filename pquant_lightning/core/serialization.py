@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,10 +28,12 @@ from pquant_lightning.core.deploy import (
     unpack_bits,
 )
 from pquant_lightning.core.errors import CheckpointError
+from pquant_lightning.core.hyperparameters import Arguments, arguments_of
 
 FORMAT_VERSION = 1
 ARTIFACT_NAME = "model.safetensors"
 _JSON = "pquant_json"
+_MOST_NAMES = 8  # in a message
 _BITMAP, _VALUES = "#bitmap", "#values"  # endings of the two tensors that stand for one with many zeros
 _DTYPES = {
     torch.float64: "F64",
@@ -47,13 +50,8 @@ _DTYPES = {
 
 
 def artifact_metadata(model: nn.Module) -> dict[str, str]:
-    """The class name and, where they are JSON, a LightningModule's hyperparameters, which make the model again."""
-    metadata = {"class": type(model).__qualname__}
-    with contextlib.suppress(TypeError, ValueError):
-        hparams = dict(getattr(model, "hparams", {}))
-        # names with an underscore are LightningCLI's own notes
-        metadata["hparams"] = json.dumps({name: v for name, v in hparams.items() if not name.startswith("_")})
-    return metadata
+    """The class name and what is known of the arguments that the model was made with, which make it again."""
+    return {"class": type(model).__qualname__, **arguments_of(model).to_metadata()}
 
 
 def write_artifact(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> int:
@@ -222,6 +220,21 @@ def read_artifact(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: it is truncated, damaged, or of a newer version.
     """
+    state, metadata = _read(path)
+    return state, Arguments.from_metadata(metadata).known
+
+
+def read_model(path: Path) -> tuple[dict[str, Tensor], Arguments]:
+    """The state dict in a `.safetensors` file, and what it says about the arguments of the model.
+
+    Raises:
+        CheckpointError: as `read_artifact`.
+    """
+    state, metadata = _read(path)
+    return state, Arguments.from_metadata(metadata)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -230,37 +243,54 @@ def read_artifact(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             state[name] = _filled(state.pop(name + _BITMAP), state.pop(name + _VALUES), torch.Size(shape))
         aliases = json.loads(metadata.get("aliases", "{}"))
         state.update({name: state[owner] for name, owner in aliases.items()})
-        hparams = dict(json.loads(metadata.get("hparams", "{}")))
         version = int(metadata.get("version", FORMAT_VERSION))
+        if version <= FORMAT_VERSION:
+            Arguments.from_metadata(metadata)
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}.") from error
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file of ours: {error!r}.") from error
     if version > FORMAT_VERSION:
         raise CheckpointError(f"{path} has version {version}; this release reads up to {FORMAT_VERSION}.")
-    return state, hparams
+    return state, metadata
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, weights_only: bool | None = True) -> dict[str, Any]:
     """A file written by `torch.save`, memory-mapped, tensors and plain data only: no code is run from it.
+
+    Args:
+        path: the file.
+        weights_only: False reads objects, too, which can run code from the file; None leaves it to torch.
 
     Raises:
         CheckpointError: it is missing, truncated, or holds anything but tensors and plain data.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}.") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds objects other than tensors and plain data; it was not read, because loading them can run "
-            f"code from the file. ({str(error).partition(chr(10))[0]})"
+            f"{path} holds objects other than tensors and plain data ({_foreign_classes(path, error)}); it was not "
+            "read, because loading them can run code from the file. If you trust it, give weights_only=False, to "
+            "load_compressed or to the fit, validate, test or predict of the Trainer."
         ) from error
     except Exception as error:  # damaged bytes make the unpickler fail in any way
         raise CheckpointError(f"{path} is truncated or no checkpoint: {str(error).partition(chr(10))[0]}.") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint or state dict.")
     return checkpoint
+
+
+def _foreign_classes(path: Path, error: Exception) -> str:
+    """The full names of the classes and functions in a checkpoint that are in the way."""
+    try:
+        found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception:  # an old format, or a damaged one
+        found = []
+    if not found:
+        return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().partition("\n")[0]
+    return ", ".join(found[:_MOST_NAMES]) + (", ..." if len(found) > _MOST_NAMES else "")
 
 
 def read_sharded_specs(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Tensor]]:

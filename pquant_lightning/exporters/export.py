@@ -1,5 +1,6 @@
 """`export_model`: a finalized copy of a model in another format, opened again and compared."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from pquant_lightning.backends.lowering.trace import Axes, trace
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.deploy import dense_form
 from pquant_lightning.core.errors import OptionError, known
+from pquant_lightning.core.options import check_model
 from pquant_lightning.exporters.base import Exporter, ExportError, ExportResult, appearing, size_of
 from pquant_lightning.exporters.jax import JaxExporter
 from pquant_lightning.exporters.onnx import OnnxExporter
@@ -85,6 +87,9 @@ def export_model(
     >>> result.integer_weights, result.max_error < 1e-5
     (False, True)
     """
+    check_model("export_model", model)
+    if not isinstance(path, str | os.PathLike):
+        raise OptionError(f"export_model takes a path as text or pathlib.Path, got {path!r}.")
     if format not in EXPORTERS:
         raise OptionError(f"There is no format {format!r}. {known(format, EXPORTERS)}")
     exporter, path = EXPORTERS[format], Path(path)
