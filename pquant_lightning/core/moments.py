@@ -324,6 +324,17 @@ def covariance(moments: InputMoments, centred: bool) -> Tensor:
     return moments.second - moments.mean.unsqueeze(-1) * moments.mean.unsqueeze(-2)
 
 
+def relative_moment(moment: Tensor) -> Tensor:
+    """The moment `(groups, n, n)` over its mean diagonal, so that nothing depends on the unit of the inputs; 0 stays.
+
+    >>> relative_moment(torch.tensor([[[2e-30, 1e-30], [1e-30, 6e-30]]]))
+    tensor([[[0.5000, 0.2500],
+             [0.2500, 1.5000]]])
+    """
+    level = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return moment / level.where(level > 0, 1.0)
+
+
 def damped_root(moment: Tensor, damping: float = DAMPING) -> Tensor | None:
     """Lower triangular S `(groups, n, n)` with S S^T = C + damping * mean(diag C) * I; None for a moment of zero.
 

@@ -91,6 +91,29 @@ def test_a_fractional_zero_point_of_4_bits_is_exact(tmp_path: Path) -> None:
     assert kernels(result.path)["MatMulNBits"] >= 1
 
 
+@pytest.mark.parametrize("rounding", ["hqq", "gptq"])
+def test_zeros_of_pruned_weights_are_zeros_in_the_file(rounding: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pruned = compress_model(mlp(), "unstructured_pruning", pattern="3:4", include=["*"], min_saving=0.0)
+    options = {"scheme": "weight_only", "bits": 4, "group_size": 16, "rounding": rounding}
+    small = compress_model(pruned, "ptq", train_loader=[X], min_saving=0.0, **options)
+    graph = onnx.load(export_model(small, X[:1], tmp_path / "net.onnx").path).graph
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(nodes) == 3
+
+    def halves(packed: Any) -> Any:
+        return np.stack([packed & 15, packed >> 4], -1)
+
+    for node, layer in zip(nodes, (pruned[0], pruned[2], pruned[4]), strict=True):
+        zero = layer.weight.detach().numpy() == 0
+        codes = halves(stored[node.input[1]]).reshape(*zero.shape[:1], -1, 16)
+        points = halves(stored[node.input[3]]).reshape(len(zero), -1)[:, : codes.shape[1], None]
+        assert zero.mean() == 0.25
+        assert (codes == points).reshape(zero.shape)[zero].all()
+    assert not [name for name in stored if name.endswith(".rest")]  # no zero point lies between two codes
+
+
 def assert_in_integers(path: Path, net: Residual) -> None:
     found = kernels(path)
     assert (found["QLinearConv"], found["QLinearAdd"]) == (5, 2)

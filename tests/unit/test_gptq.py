@@ -108,3 +108,45 @@ def test_few_samples_are_damped_and_damping_brings_the_nearest_codes():
     assert differing[0] > 50 * (differing[1] + 0.1)
     still = gptq_codes(weight[None], torch.zeros(1, 64, 64), scale[None], None, 4)[0]  # inputs that are always zero
     assert torch.equal(still, nearest)
+
+
+ROUNDINGS = (gptq_codes, adaround_codes)
+
+
+@pytest.mark.parametrize("codes_of", ROUNDINGS)
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_zeros_stay_and_the_other_weights_make_up_for_them(codes_of, zero_point):
+    torch.manual_seed(0)
+    x = correlated(500, 64)
+    weight = torch.randn(24, 64).masked_fill_(torch.rand(24, 64) < 0.4, 0)
+    scale, zero = grid(weight, 3, 16, zero_point)
+    moment, zeros = (x.T @ x / 500)[None], None if zero is None else zero[None]
+    codes = codes_of(weight[None], moment, scale[None], zeros, 3)[0]
+    values = dequantize(codes, scale, 0, zero)
+    nearest = dequantize(grid_codes(blocks(weight, group_size=16), scale, zero, 3).reshape(24, 64), scale, 0, zero)
+    assert (values[weight == 0] == 0).all()
+    assert output_error(weight, values, x) < 0.95 * output_error(weight, nearest, x)
+
+
+@pytest.mark.parametrize("codes_of", ROUNDINGS)
+def test_the_unit_of_the_inputs_does_not_count(codes_of):
+    torch.manual_seed(0)
+    weight, x = torch.randn(2, 8, 32), torch.stack([correlated(20, 32, seed) for seed in (0, 1)])
+    x[:, :, 5] = 0  # an input that is always zero
+    scale = torch.stack([mse_scale(blocks(w), 4) for w in weight])
+    moment = x.mT @ x
+    codes = codes_of(weight, moment, scale, None, 4)
+    for unit in ([2.0**-60, 2.0**-60], [1.0, 2.0**30]):
+        assert torch.equal(codes, codes_of(weight, moment * torch.tensor(unit)[:, None, None], scale, None, 4))
+
+
+@pytest.mark.parametrize("codes_of", ROUNDINGS)
+def test_moments_and_weights_in_double_precision(codes_of):
+    torch.manual_seed(0)
+    weight, x = torch.randn(1, 8, 40), correlated(200, 40)
+    scale = mse_scale(blocks(weight[0]), 4)[None]
+    moment = (x.double().T @ x.double())[None]
+    codes = codes_of(weight, moment.float(), scale, None, 4)
+    for double in (codes_of(weight, moment, scale, None, 4), codes_of(weight.double(), moment, scale, None, 4)):
+        assert double.dtype == torch.float32
+        assert (double != codes).float().mean() < 0.05  # ties

@@ -43,3 +43,19 @@ def test_steps_end_early_where_nothing_gets_better():
     scale, zero = half_quadratic(values, 2, False)
     assert zero is None
     assert float(lp_error(values, scale, zero, 2)) == pytest.approx(0, abs=1e-6)
+
+
+def test_blocks_that_hold_zeros_have_a_code_for_zero():
+    values = heavy_tailed()
+    held = values.clone()
+    held[::2, :, ::8] = 0
+    scale, zero = half_quadratic(held, 3, True)
+    assert torch.equal(zero[::2], zero[::2].round())
+    assert (zero[1::2] != zero[1::2].round()).any()
+    assert zero.min() >= -4
+    assert zero.max() <= 3
+    free = half_quadratic(values, 3, True)
+    assert torch.equal(scale[1::2], free[0][1::2])
+    assert torch.equal(zero[1::2], free[1][1::2])
+    start = lp_error(held, *mse_range(held, 3), 3)
+    assert (lp_error(held, scale, zero, 3) <= start + 1e-5).all()

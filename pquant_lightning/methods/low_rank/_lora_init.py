@@ -51,7 +51,8 @@ def quantization_factors(
     """Factors of what rounding loses: `||W - round(W - B A) - B A||` is made small by turns.
 
     Args:
-        weight: of an ordinary layer; the channels that are rounded on a scale of their own come first.
+        weight: of an ordinary layer; the channels that are rounded on a scale of their own come first. What is exactly
+            zero has been pruned, and is taken to stay zero below the adapter.
         rank: of each group; at most min(out, in).
         bits: 2 to 8, of the quantizer that the weight less B A will meet.
         iterations: turns of rounding and decomposition.
@@ -62,9 +63,9 @@ def quantization_factors(
         Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", 2023, algorithm 1. The
         rounding is ours: symmetric, on a scale per channel.
     """
-    product = torch.zeros_like(weight)
+    product, pruned = torch.zeros_like(weight), weight == 0
     for _ in range(iterations):
-        lost = weight - rounded(weight - product, bits)
+        lost = weight - rounded((weight - product).masked_fill(pruned, 0), bits)
         left, right = principal_factors(to_matrices(lost), rank)
         product = to_weight(left @ right).to(weight.dtype)
     return left, right

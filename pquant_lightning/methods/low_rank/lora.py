@@ -221,7 +221,8 @@ class LoRACompression(LayerMethod):
         if new.start is not None:
             new.set_start(left, right)
         else:
-            new.base.weight.sub_(new.sum_weight(weight) - weight)
+            product = new.sum_weight(weight) - weight
+            new.base.weight.sub_(product.masked_fill(weight == 0, 0))  # what has been pruned stays zero
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pquant_lightning.core.affine import top_code
+from pquant_lightning.core.moments import relative_moment
 
 _BLOCK = 32  # inputs rounded before the others are corrected, by one product of matrices
 
@@ -19,11 +20,13 @@ def gptq_codes(
 ) -> Tensor:
     """Codes for which the squared error of the outputs, tr((W - W') M (W - W')^T), is small; many layers at a time.
 
+    Weights that are exactly zero have been pruned and stay zero; the others make up for them.
+
     Args:
         weight: `(layers, out, in)`.
-        moment: M, second moment of the inputs, `(layers, in, in)`; need not have full rank.
+        moment: M, second moment of the inputs, `(layers, in, in)`, in any unit; need not have full rank.
         scale: of the grid, `(layers, out, groups)`; groups lie one after the other along the inputs.
-        zero: zero points, shaped as `scale`; None for symmetric codes.
+        zero: zero points, shaped as `scale`, whole codes where a weight is zero; None for symmetric codes.
         bits: 2 to 8.
         act_order: round inputs of large second moment first. Each weight keeps the scale of its own group, so that no
             permutation need be stored.
@@ -35,15 +38,15 @@ def gptq_codes(
 
     References:
         Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023,
-        algorithm 1.
+        algorithm 1. Frantar & Alistarh, "SparseGPT", 2023, section 3.5: zeros are codes like any other.
     """
     layers, _, inputs = weight.shape
     order = moment.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     if not act_order:
         order = torch.arange(inputs, device=weight.device).expand(layers, inputs)
     rows = order[:, :, None]  # (layers, in, 1)
-    moment = moment.take_along_dim(rows, 1).take_along_dim(order[:, None, :], 2)
-    factor = _inverse_factor(moment, damping)
+    moment = relative_moment(moment).take_along_dim(rows, 1).take_along_dim(order[:, None, :], 2)
+    factor = _inverse_factor(moment, damping).float()
     columns = weight.float().mT.take_along_dim(rows, 1)  # (layers, in, out), changed below
     group = rows // (inputs // scale.shape[2])
     steps = scale.float().mT.take_along_dim(group, 1)
@@ -55,6 +58,8 @@ def gptq_codes(
 def _round_in_order(columns: Tensor, factor: Tensor, steps: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     low, high = (-top_code(bits), top_code(bits)) if zeros is None else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     inverse, codes = steps.reciprocal(), torch.empty_like(columns)
+    pruned = columns == 0
+    keeps_zeros = bool(pruned.any())
     inputs = columns.shape[1]
     for first in range(0, inputs, _BLOCK):
         last = min(first + _BLOCK, inputs)
@@ -64,6 +69,8 @@ def _round_in_order(columns: Tensor, factor: Tensor, steps: Tensor, zeros: Tenso
             if zeros is not None:
                 code += zeros[:, i]
             code.round_().clamp_(low, high)
+            if keeps_zeros:
+                code.copy_(torch.where(pruned[:, i], 0.0 if zeros is None else zeros[:, i], code))
             level = code if zeros is None else code - zeros[:, i]
             row.addcmul_(level, steps[:, i], value=-1)  # the row now holds its error
             columns[:, i + 1 : last].addcmul_(factor[:, i, i + 1 : last, None], row[:, None], value=-1)
@@ -73,12 +80,14 @@ def _round_in_order(columns: Tensor, factor: Tensor, steps: Tensor, zeros: Tenso
 
 
 def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the damped moment's inverse, its rows divided by their diagonal; `(layers, in, in)`."""
+    """Upper Cholesky factor of the damped moment's inverse, its rows divided by their diagonal; `(layers, in, in)`.
+
+    The moment is relative to its mean diagonal.
+    """
     diagonal = moment.diagonal(dim1=1, dim2=2)
-    size = diagonal.mean(1).clamp_min(torch.finfo(torch.float32).tiny)
-    share = torch.full_like(size, damping)
+    share = torch.full_like(diagonal[:, 0], damping)
     while True:
-        damped = moment + torch.diag_embed((share * size)[:, None].expand_as(diagonal))
+        damped = moment + torch.diag_embed(share[:, None].expand_as(diagonal))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

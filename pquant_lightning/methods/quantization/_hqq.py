@@ -21,7 +21,8 @@ def half_quadratic(values: Tensor, bits: int, zero_point: bool, power: float = 0
     Args:
         values: float32 `(channels, groups, values)`.
         bits: 2 to 8.
-        zero_point: whether the grid has a zero point, which need not be a whole code.
+        zero_point: whether the grid has a zero point. It need not be a whole code, but in blocks that hold exact zeros:
+            what has been pruned stays zero.
         power: of the error, in (0, 2].
         steps: at most so many; it ends earlier where no block gets better.
 
@@ -57,6 +58,7 @@ def _levels(values: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> tu
 def _solve(values: Tensor, bits: int, zero_point: bool, power: float, steps: int) -> Grids:
     scale, zero = mse_range(values, bits) if zero_point else (mse_scale(values, bits), None)
     best, least = (scale, zero), torch.full_like(scale, torch.inf)
+    pruned, low = (values == 0).any(-1), -(2.0 ** (bits - 1))
     beta = _BETA
     for _ in range(steps):
         codes, rounded = _levels(values, scale, zero, bits)
@@ -79,5 +81,6 @@ def _solve(values: Tensor, bits: int, zero_point: bool, power: float, steps: int
             scale = ((codes * wanted).sum(-1) / codes.square().sum(-1).clamp_min(1.0)).clamp_min(_TINY)
         else:
             zero = (codes - wanted * scale.reciprocal()[..., None]).mean(-1)
+            zero = torch.where(pruned, zero.round().clamp(low, -low - 1), zero)
         beta *= _KAPPA
     return best
