@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pquant_lightning.callbacks._lightning import is_a, is_subclass
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compressed_layer import install_hook
-from pquant_lightning.core.compression_method import CompressionMethod
+from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod
 from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import deploy
 from pquant_lightning.core.errors import CheckpointError, OptionError, PQuantError
@@ -29,6 +29,7 @@ from pquant_lightning.core.serialization import (
     write_artifact,
     write_state_dict,
 )
+from pquant_lightning.core.undo import NoUndo, Undo, unchanged_on_error
 from pquant_lightning.pipelines._settings import Settings
 from pquant_lightning.pipelines.compression_pipeline import CompressionPipeline
 
@@ -58,7 +59,7 @@ def compress_model(
         train_loader: data for methods that calibrate: a loader, a list of batches, or a datamodule. A batch is a
             tensor, a tuple with the inputs first, or a dict with the names of `forward`'s arguments.
         val_loader: data for methods that measure.
-        inplace: change the given model instead of a copy.
+        inplace: change the given model instead of a copy; it is what it was where an error is raised.
         **options: the method's options, with a name only.
 
     Returns:
@@ -84,16 +85,27 @@ def compress_model(
             "there is no train_loader" if train_loader is None else f"{type(model).__name__} is no LightningModule",
         )
     methods = _methods(method_or_config if config is None else config, options)
-    result = model if inplace else deep_copy(model)
+    if not inplace:
+        return _act(methods, deep_copy(model), train_loader, val_loader, NoUndo())
+    with unchanged_on_error(model) as undo:
+        return _act(methods, model, train_loader, val_loader, undo)
+
+
+def _act(methods: list[CompressionMethod], model: nn.Module, train: Any, val: Any, undo: Undo | NoUndo) -> Any:
+    """Applies methods to a model in place, one after another."""
     for method in methods:
         if type(method).compress is not CompressionMethod.compress:  # the specification's shape: it does all itself
-            result = method.compress(result, train_loader, val_loader)
+            with undo.writing():
+                model = method.compress(model, train, val)
             continue
-        method.compress_in_place(result, method.samples_of(train_loader))
-    install_hook(result)
+        samples = method.samples_of(train)
+        context = CompressionContext(by=method.name, samples=samples, undo=undo)
+        method.compress_in_place(model, context=context)
+    install_hook(model)
     if not any(method.trains for method in methods):
-        deploy(result)
-    return result
+        with undo.writing():
+            deploy(model)
+    return model
 
 
 def _configuration(method_or_config: Any, options: dict[str, Any]) -> dict[str, Any] | None:
@@ -136,14 +148,18 @@ def finalize(model: Model, inplace: bool = False) -> Model:
 
     Args:
         model: a model in training form; not touched unless `inplace`.
-        inplace: change the given model instead of a copy.
+        inplace: change the given model instead of a copy; it is what it was where an error is raised.
 
     Raises:
         ModelError: it is no model.
     """
     check_model("finalize", model)
     result = model if inplace else deep_copy(model)
-    deploy(result)
+    if inplace:
+        with unchanged_on_error(model) as undo, undo.writing():
+            deploy(model)
+    else:
+        deploy(result)
     install_hook(result)
     return result.eval()
 

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ from pquant_lightning.core.serialization import (
     share_equal_storage,
     write_artifact,
 )
+from pquant_lightning.core.undo import Undo, unchanged_on_error
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +131,7 @@ class _MethodCallback(Callback):
             previous = pl_module.__dict__.get("configure_model")
             pl_module.__dict__["configure_model"] = partial(_configure_model, pl_module, previous)
 
-    def compress(self, trainer: Trainer, module: LightningModule) -> None:
+    def compress(self, trainer: Trainer, module: LightningModule, undo: Undo) -> None:
         """Plans on rank 0, applies everywhere; does nothing where this callback's layers are in the model already."""
         layers = [layer for layer in compressed_layers(module).values() if layer.stage is not Stage.UNFUSE]
         own = [layer for layer in layers if layer.spec.get("by") == self.state_key]
@@ -145,7 +147,7 @@ class _MethodCallback(Callback):
         track = partial(_track, trainer)
         others = [callback._state for callback in _ours(trainer) if callback is not self]
         context = CompressionContext(
-            by=self.state_key, track=track, samples=samples, state=self._state, kept=frozenset(_keys(others))
+            undo=undo, by=self.state_key, track=track, samples=samples, state=self._state, kept=frozenset(_keys(others))
         )
         try:
             plan = self._shared_plan(trainer, module, context)
@@ -155,9 +157,10 @@ class _MethodCallback(Callback):
             self._complete = True
             log.warning("%s", error)
             return
-        self.method.apply(module, plan, context)
-        if not self.method.acts_after_training:
-            self.method.calibrate(module, context)
+        with undo.writing():
+            self.method.apply(module, plan, context)
+            if not self.method.acts_after_training:
+                self.method.calibrate(module, context)
         self._scratch = _Run(errors=context.errors, skipped=plan.skipped, compressed=True)
         if trainer.strategy.restore_checkpoint_after_setup:  # sharded strategies do not synchronise the ranks
             for entry in plan.layers:
@@ -428,17 +431,29 @@ def _configure_model(module: LightningModule, previous: Any) -> None:
     for other in callbacks:
         if isinstance(other, BeforeCompression):
             other.before_compression(trainer, module)
-    with torch.device("cpu"):
+    with unchanged_on_error(module) as undo, _kept_on_error(_ours(trainer)), torch.device("cpu"):
         if path is not None:
             _take_structure(trainer, module, path)
         else:
             for callback in _ours(trainer):
-                callback.compress(trainer, module)
-    if trainer.state.fn == TrainerFn.FITTING:
-        _finish(trainer, module)
-        _ours(trainer)[-1]._scratch.names_before = names_before
+                callback.compress(trainer, module, undo)
+        if trainer.state.fn == TrainerFn.FITTING:
+            _finish(trainer, module, undo)
+            _ours(trainer)[-1]._scratch.names_before = names_before
     if trainer.strategy.restore_checkpoint_after_setup:
         module.configure_model()
+
+
+@contextmanager
+def _kept_on_error(callbacks: list[_MethodCallback]) -> Iterator[None]:
+    """Within the block callbacks learn of a model; where it raises they have not."""
+    before = [{**callback.__dict__, "_state": dict(callback._state)} for callback in callbacks]
+    try:
+        yield
+    except BaseException:
+        for callback, attributes in zip(callbacks, before, strict=True):
+            callback.__dict__.update(attributes)
+        raise
 
 
 def _take_structure(trainer: Trainer, module: LightningModule, path: str) -> None:
@@ -463,10 +478,11 @@ def _take_structure(trainer: Trainer, module: LightningModule, path: str) -> Non
     rebuild(module, specs, state)
 
 
-def _finish(trainer: Trainer, module: LightningModule) -> None:
+def _finish(trainer: Trainer, module: LightningModule, undo: Undo) -> None:
     """Prepares training on the compressed model and reports it."""
-    for callback in _ours(trainer):
-        callback.method.attach(module, callback._state)
+    with undo.writing():
+        for callback in _ours(trainer):
+            callback.method.attach(module, callback._state)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ModelError(
             f"{type(module).__name__} has no parameter to train: all are frozen or integers. Unfreeze some "

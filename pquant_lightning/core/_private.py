@@ -45,6 +45,9 @@ HPARAMS_NAME = "_hparams_name"
 # torch 2.13: the base of modes that see every operation that torch executes, as FlopCounterMode's
 DispatchMode: Any = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
 
+# torch 2.13, the same file: a block in which such modes see nothing
+without_modes: Any = importlib.import_module("torch.utils._python_dispatch")._disable_current_modes
+
 # torch 2.13, torch/utils/_pytree.py: tensors inside of containers, transformers' dataclasses among them
 pytree: Any = importlib.import_module("torch.utils._pytree")
 

@@ -24,6 +24,7 @@ from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.splitting import planned_splits, split_as_planned, split_view, why_whole
 from pquant_lightning.core.structure import Resized
 from pquant_lightning.core.surgery import get_layer, replace_layer
+from pquant_lightning.core.undo import NoUndo, Undo
 
 __all__ = ["CompressionContext", "CompressionMethod", "LayerMethod", "Stage"]
 
@@ -44,6 +45,7 @@ class CompressionContext:
         notes: what a method's own `plan` finds out about the model and its `plan_layer` uses.
         state: the method's own, the same that `step` and `project` are given; in a Trainer it is checkpointed.
         kept: names of parameters that other methods keep track of: the layers that hold them are not taken apart.
+        undo: notes what is written into the model, which is what it was before where an error is raised.
         choices: what a budget has chosen, the options of a `Candidate` by layer name; other layers are left alone. None
             where the method decides by itself.
     """
@@ -55,6 +57,7 @@ class CompressionContext:
     notes: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
+    undo: Undo | NoUndo = NoUndo()  # noqa: RUF009 (it holds nothing)
     choices: Mapping[str, dict[str, Any]] | None = None
 
 
@@ -248,11 +251,12 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
 
     def carry_out(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext) -> None:
         """Applies a plan and calibrates; a method that does not train then reaches its target at once."""
-        self.apply(model, plan, context)
-        self.calibrate(model, context)
-        self.attach(model, context.state)
-        if not self.trains:
-            self.step(model, context.state, 1.0)
+        with context.undo.writing():
+            self.apply(model, plan, context)
+            self.calibrate(model, context)
+            self.attach(model, context.state)
+            if not self.trains:
+                self.step(model, context.state, 1.0)
 
     def samples_of(self, loader: Any) -> Samples | None:
         """As many samples of a loader as this method wants; None where it wants none or there is no loader."""
@@ -409,7 +413,7 @@ class LayerMethod(CompressionMethod):
             if ordinary is None:
                 raise ModelError(f"The plan changes {entry.name!r}, a {type(old).__name__}, which has no adapter.")
             new = CompressedLayer.build(entry.spec, old)
-            with torch.no_grad():
+            with torch.no_grad(), context.undo.filling(new, old):
                 self.fill(new, ordinary, entry, context)
                 if entry.name not in context.errors:
                     context.errors[entry.name] = relative_error(weight_of(ordinary), weight_of(new))
