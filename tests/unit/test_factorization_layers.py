@@ -122,7 +122,7 @@ class TestTraining:
             assert not torch.equal(one, other)  # trained on
             if kind == "sparse_low_rank":
                 assert torch.equal(one != 0, other != 0)
-                assert 0.25 < (one != 0).float().mean() <= 0.3
+                assert 0.25 < (one != 0).float().mean() <= 0.32  # half of the share, and what the rank leaves of it
             else:
                 assert one.min() == other.min() == 0
 

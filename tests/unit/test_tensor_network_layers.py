@@ -332,7 +332,8 @@ def test_defaults():
 
 def test_a_linear_gets_no_more_terms_than_pay():
     spec = CPCompression(param_ratio=1.0, min_saving=0.0).plan(nn.Sequential(nn.Linear(64, 64))).layers[0].spec
-    assert spec["rank"] == 64 * 64 // 128
+    assert spec["rank"] * 128 <= 64 * 64  # multiply-accumulates, for a share of 100 %
+    assert spec["rank"] * (sum(spec["row_modes"]) + sum(spec["column_modes"])) > 0.98 * 64 * 64
 
 
 @pytest.mark.parametrize("method", METHODS)

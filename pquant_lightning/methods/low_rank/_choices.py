@@ -23,7 +23,7 @@ from pquant_lightning.methods.low_rank._layers import (
 )
 from pquant_lightning.methods.low_rank._ranks import evbmf_rank
 
-_STEPS = 32  # ranks that are offered to a budget, evenly up to the size of the dense layer
+_STEPS = 128  # ranks that are offered to a budget, evenly up to the size of the dense layer: steps of 1 % or one rank
 
 
 class Choice(NamedTuple):

@@ -56,10 +56,11 @@ class FactorizationCompression(LayerMethod):
             so in training; "kronecker" is a sum of Kronecker products; "monarch" are two block-diagonal matrices with
             permutations; "cur" keeps rows of the weight itself.
         rank: a count per layer: columns of the factors, terms of the Kronecker sum, or the rank of each Monarch block.
-        param_ratio: share of each layer's weights that is kept, in (0, 1]; gives the rank per layer.
+        param_ratio: share of each layer's weights that is kept, in (0, 1], less what one more rank would add (in
+            "sparse_low_rank" the sparse part fills it up); gives the rank per layer.
         blocks: diagonal blocks of a Monarch factor; they divide the layer's sizes. Default: 4.
-        density: share of the weights in the sparse part of "sparse_low_rank". Default: half of `param_ratio`, or 0.05
-            beside a `rank`.
+        density: share of the weights in the sparse part of "sparse_low_rank". Default: half of `param_ratio` or a
+            little more, or 0.05 beside a `rank`.
         iterations: of the alternating updates of "nmf" and "sparse_low_rank". Default: 30.
         include: glob patterns over module names; only matching layers are changed. None means all.
         exclude: glob patterns over module names; matching layers are left alone.
@@ -130,6 +131,8 @@ class FactorizationCompression(LayerMethod):
         rank = self._rank(name, groups * m * n, groups * (m + n), share, min(m, n))
         if isinstance(rank, Skip):
             return rank
+        if extra and self.rank is None and self.density is None:  # what the rank leaves of the share
+            extra = {"nonzeros": math.floor((self.param_ratio or 0.5) * groups * m * n) - groups * (m + n) * rank}
         spec = low_rank_spec(layer, rank)
         kind = _SPARSE[spec["kind"]].kind if extra else spec["kind"]
         return {**spec, "kind": kind, "factorization": self.kind, **extra}
@@ -182,7 +185,7 @@ class FactorizationCompression(LayerMethod):
         elif spec["factorization"] == "cur":
             new.set_factors(*math_of.cur(matrix, spec["rank"]))
         else:
-            share = spec["nonzeros"] / matrix.numel()
+            share = (spec["nonzeros"] + 0.5) / matrix.numel()  # half a value more, for the rounding of the quotient
             left, right, sparse = math_of.sparse_plus_low_rank(matrix, spec["rank"], share, self._option("iterations"))
             new.set_factors(left, right)
             weight_of(new.sparse).copy_(sparse.reshape(old.weight.shape))

@@ -57,7 +57,8 @@ class LowRankCompression(DataAwareMethod, TyingMethod):
             means all of them. "evbmf" finds the number per layer: those that stand out of the noise of its weight.
         energy: share of each weight's squared Frobenius norm that is kept, in (0, 1], or with data of its outputs'
             variance; gives the rank per layer.
-        param_ratio: share of each layer's weights that is kept, in (0, 1]; gives the rank per layer.
+        param_ratio: share of each layer's weights that is kept, in (0, 1], less what one more rank would add; gives the
+            rank per layer.
         budget: one bound for all layers together, which gives most to the layers whose loss matters most:
             `{"params": p}` or `{"macs": p}`, the share of their weights or multiply-accumulates that is kept; or
             `{"error": e}`, the relative error that is allowed, with as few weights as possible. With data the loss is

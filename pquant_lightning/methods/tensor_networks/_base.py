@@ -102,4 +102,4 @@ def output_loss(layer: nn.Module, new: FactoredLayer, moments: InputMoments | No
         return float((before - after).square().sum() / before.square().sum().clamp_min(1e-300))
     moment = output_moment(layer, moments).double()
     rows = [output_rows(weight, layer, moments) for weight in (before - after, before)]
-    return energy(rows[0], moment) / max(energy(rows[1], moment), 1e-300)
+    return max(energy(rows[0], moment), 0.0) / max(energy(rows[1], moment), 1e-300)  # of rounding, it may be below 0

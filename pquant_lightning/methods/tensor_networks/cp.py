@@ -1,5 +1,6 @@
 """CP: a convolution as 1x1, depthwise, 1x1; a Linear whose tensorized weight is a sum of rank-one terms."""
 
+import math
 from typing import Any
 
 import torch
@@ -117,13 +118,15 @@ class CPLinear(FactoredLayer, kind="cp_linear"):
 class CPCompression(TensorNetworkMethod):
     """CP of Conv and ConvTranspose layers with a kernel, and of Linear layers, at the start of fit, by stable ALS.
 
-    The sizes of a Linear are split into two balanced factors each (padded where they have none). Give at most one of
-    `rank` and `param_ratio`; none means `rank=64`. Grouped convolutions are decomposed group by group.
+    The sizes of a Linear are split into two factors each, with a `rank` balanced ones (padded where they have none).
+    Give at most one of `rank` and `param_ratio`; none means `rank=64`. Grouped convolutions are decomposed group by
+    group.
 
     Args:
         rank: number of rank-one terms, per group, a count; at most as many as make the decomposition exact.
-        param_ratio: share of each layer's weights that is kept at most, in (0, 1]; gives the rank per layer. A Linear
-            gets no more terms than those with which it needs as many multiply-accumulates as before.
+        param_ratio: share of each layer's weights that is kept, in (0, 1], less what one more term would add; gives the
+            rank per layer, and the split of a Linear's sizes: as even as it can be without more multiply-accumulates
+            than before.
         data_aware: fit the factors to the inputs of the layers, which are measured on samples of the training data, for
             the least error of the outputs. None does so where there are data and no training follows: in
             `compress_model` with a `train_loader`, not in a Trainer.
@@ -163,14 +166,10 @@ class CPCompression(TensorNetworkMethod):
     def spec_for(self, layer: nn.Module, target: str, value: Any, moments: InputMoments | None) -> dict[str, Any] | str:
         spec: dict[str, Any] = {"kind": CPConv.kind}
         if isinstance(layer, nn.Linear):
-            row_modes, column_modes = matrix_modes(layer.weight.shape, 2)
+            row_modes, column_modes = _modes_for(layer, value if target == "param_ratio" else 0.0)
             spec = {"kind": CPLinear.kind, "row_modes": list(row_modes), "column_modes": list(column_modes)}
         groups, *modes = cp_tensor(layer, spec).shape
-        rank = value
-        if target == "param_ratio":
-            rank = int(value * weight_of(layer).numel() / (groups * sum(modes)))
-            if isinstance(layer, nn.Linear):
-                rank = min(rank, max(1, layer.weight.numel() // sum(layer.weight.shape)))
+        rank = int(value * weight_of(layer).numel() / (groups * sum(modes))) if target == "param_ratio" else value
         if rank < 1:
             return f"even rank 1 keeps more than {value:.0%} of its weights"
         return {**spec, "rank": min(rank, cp_full_rank(modes, _ROWS))}
@@ -184,6 +183,29 @@ class CPCompression(TensorNetworkMethod):
             return fit_cp_matrix(layer.weight.detach(), moment[0], (spec["row_modes"], spec["column_modes"]), rank)
         left, inner = fit_kernel(tensor.permute(0, 3, 2, 1), moment, lambda whole: _split(whole, rank))
         return balanced_terms([*_rank_one(inner), left])
+
+
+def _modes_for(layer: nn.Linear, share: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The modes of rows and columns, as even as can be, with which terms that hold a share of the weights are fast.
+
+    A term holds `sum(modes)` numbers and takes `in + out` multiply-accumulates per row: where there are so many terms
+    that they would take more than the weight, the modes are less even, and each term holds more. With modes of
+    (1, out) and (1, in) the terms are those of the SVD.
+    """
+    out, in_ = layer.weight.shape
+    balanced = matrix_modes(layer.weight.shape, 2)
+    splits = [
+        ((rows, out // rows), (in_ // columns, columns))
+        for rows in range(1, math.isqrt(out) + 1)
+        for columns in range(1, math.isqrt(in_) + 1)
+        if out % rows == 0 and in_ % columns == 0
+    ]
+
+    def held(modes: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
+        return sum(map(sum, modes))
+
+    enough = [modes for modes in (balanced, *splits) if held(modes) >= share * (in_ + out)]
+    return min(enough, key=held)
 
 
 def _split(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,8 @@ class TensorTrainCompression(TensorNetworkMethod):
 
     Args:
         rank: largest rank between two cores, a count; ranks above what the sizes allow are cut to that.
-        param_ratio: share of each layer's weights that is kept, in (0, 1]; gives one largest rank per layer.
+        param_ratio: share of each layer's weights that is kept, in (0, 1], less what raising one more rank would add;
+            gives the ranks per layer, about equal where the sizes allow.
         max_error: relative error ||W - W'|| / ||W|| that each layer may have, in (0, 1); gives every rank by itself.
         num_cores: cores of a matrix, at least 2; small layers get fewer.
         init: "decompose" approximates the weight by TT-SVD; "random" draws normal cores whose product has the weight's
@@ -131,12 +132,11 @@ class TensorTrainCompression(TensorNetworkMethod):
 
     def spec_for(self, layer: nn.Module, target: str, value: Any, moments: InputMoments | None) -> dict[str, Any] | str:
         spec = self._modes_of(layer)
-        modes, rank = _modes(layer, spec), value
-        if target == "param_ratio":
-            rank = _rank_for(modes, value * weight_of(layer).numel() / getattr(layer, "groups", 1))
-            if rank < 1:
-                return f"even rank 1 keeps more than {value:.0%} of its weights"
-        return {**spec, "ranks": tt_ranks(modes, rank)}
+        modes = _modes(layer, spec)
+        if target != "param_ratio":
+            return {**spec, "ranks": tt_ranks(modes, value)}
+        ranks = _ranks_for(modes, value * weight_of(layer).numel() / getattr(layer, "groups", 1))
+        return f"even rank 1 keeps more than {value:.0%} of its weights" if ranks is None else {**spec, "ranks": ranks}
 
     def factors_for(self, layer: nn.Module, spec: dict[str, Any], moments: InputMoments | None) -> list[Tensor]:
         tensor = train_tensor(layer, spec)
@@ -240,11 +240,31 @@ def from_train(tensor: Tensor, rows: Sequence[int], columns: Sequence[int]) -> T
     return tensor.reshape(pairs).permute(order).reshape(math.prod(rows), math.prod(columns))
 
 
-def _rank_for(modes: list[int], max_params: float) -> int:
-    """The largest limit on the ranks with which a train over these modes holds at most so many numbers; 0 for none."""
-    rank, before = 0, [0]
-    while (ranks := tt_ranks(modes, rank + 1)) != before:
-        if sum(left * mode * right for left, mode, right in zip(ranks, modes, ranks[1:], strict=False)) > max_params:
-            break
-        rank, before = rank + 1, ranks
-    return rank
+def _ranks_for(modes: list[int], max_params: float) -> list[int] | None:
+    """The largest ranks with which a train over these modes holds at most so many numbers; None where there are none.
+
+    All reach one limit, as far as the modes allow; what that leaves goes to single ones.
+    """
+    limit, found = 0, [0]
+    while (ranks := tt_ranks(modes, limit + 1)) != found and _numbers(modes, ranks) <= max_params:
+        limit, found = limit + 1, ranks
+    if limit == 0:
+        return None
+    while (more := _raised(modes, found, max_params)) is not None:
+        found = more
+    return found
+
+
+def _raised(modes: list[int], ranks: list[int], max_params: float) -> list[int] | None:
+    """The ranks with one of them, of the smallest that can be, raised by one; None where none can."""
+    for cut in sorted(range(1, len(modes)), key=ranks.__getitem__):
+        more = [*ranks[:cut], ranks[cut] + 1, *ranks[cut + 1 :]]
+        allowed = more[cut] <= min(more[cut - 1] * modes[cut - 1], more[cut + 1] * modes[cut])
+        if allowed and _numbers(modes, more) <= max_params:
+            return more
+    return None
+
+
+def _numbers(modes: list[int], ranks: list[int]) -> int:
+    """Numbers in the cores of a train."""
+    return sum(left * mode * right for left, mode, right in zip(ranks, modes, ranks[1:], strict=False))

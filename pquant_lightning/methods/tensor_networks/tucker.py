@@ -58,7 +58,8 @@ class TuckerCompression(TensorNetworkMethod):
 
     Args:
         rank: of both channel modes, per group, a count; at most the channels of each.
-        param_ratio: share of each layer's weights that is kept, in (0, 1]; gives the two ranks of least error.
+        param_ratio: share of each layer's weights that is kept, in (0, 1], less what raising a rank would add; gives
+            the two ranks of least error.
         data_aware: fit the factors to the inputs of the layers, which are measured on samples of the training data, for
             the least error of the outputs. None does so where there are data and no training follows: in
             `compress_model` with a `train_loader`, not in a Trainer.
