@@ -14,6 +14,8 @@ from pquant_lightning.core._private import int_mm
 
 _TINY = torch.finfo(torch.float32).tiny
 _CACHED = 2**17  # values that are searched at a time: half a megabyte
+INT32_PRODUCTS = (2**31 - 1) // (128 * 127)  # of an input code in [-128, 127] and a weight code in [-127, 127]
+_PART = 2**16  # of a longer sum, a multiple of 8 as CUDA asks for
 _PLANES = (4, 2, 1)  # a code of b bits is stored in planes whose widths add up to b; each divides a byte
 
 Scalar = float | Tensor  # a python number, or a tensor of shape () where reading it would stall the device
@@ -383,18 +385,18 @@ class _LearnedActivation(torch.autograd.Function):
         low: Any = -grid.zero_point
         high: Any = grid.top - grid.zero_point
         codes = ratio.clamp(low, high).round_()
-        ctx.save_for_backward(ratio, codes)
+        ctx.save_for_backward(ratio, codes, scale)
         ctx.options = grid, low, high, rounding
         return (codes * grid.scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        ratio, codes = ctx.saved_tensors
+        ratio, codes, scale = ctx.saved_tensors
         grid, low, high, rounding = ctx.options
         upstream = grad.float()
         inside = _inside(upstream, ratio, low, high)
         share = (ratio.numel() * grid.top) ** -0.5
-        slope = ((upstream * codes).sum() - (inside * (ratio if rounding else codes)).sum()) * share
+        slope = ((upstream * codes).sum() - (inside * (ratio if rounding else codes)).sum()) * share * scale.sign()
         shift = (inside.sum() - upstream.sum()) * (grid.scale * share)
         return inside.to(grad.dtype), slope.reshape(1), shift.reshape(1), None, None
 
@@ -406,7 +408,7 @@ def learned_fake_quantize_activation(
 
     Args:
         x: floating, any shape.
-        scale: `(1,)`, a parameter.
+        scale: `(1,)`, a parameter; its magnitude counts.
         zero_point: `(1,)`, a parameter or not; rounded, so that zero is on the grid.
         bits: 2 to 8.
         rounding: True learns from the rounding error inside the range too (LSQ); False from clipped values only (PACT).
@@ -442,5 +444,13 @@ def signed_codes(x: Tensor, inverse: Scalar, zero_point: Scalar, top: int) -> Te
 
 
 def int_product(codes: Tensor, weight_codes: Tensor) -> Tensor:
-    """int8 `(rows, in)` times int8 `(out, in)` transposed, accumulated in int32: `(rows, out)` as float32."""
-    return int_mm(codes, weight_codes.t()).float()
+    """int8 `(rows, in)` times int8 `(out, in)` transposed, accumulated in integers: `(rows, out)` as float32.
+
+    Sums of more products than int32 holds (`INT32_PRODUCTS`) are computed in parts, and added in int64.
+    """
+    if codes.shape[1] <= INT32_PRODUCTS:
+        return int_mm(codes, weight_codes.t()).float()
+    total = torch.zeros(len(codes), len(weight_codes), dtype=torch.int64, device=codes.device)
+    for part, weight_part in zip(codes.split(_PART, 1), weight_codes.split(_PART, 1), strict=True):
+        total += int_mm(part.contiguous(), weight_part.contiguous().t())
+    return total.float()

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--ckpt")
     parser.add_argument("--nan", action="store_true")
     parser.add_argument("--calibrate", action="store_true", help="quantize after the training instead")
+    parser.add_argument("--learned", action="store_true", help="learn scales that start from the first batch instead")
     parser.add_argument("--prune", metavar="CRITERION", help="prune instead")
     parser.add_argument("--channels", choices=["end", "during", "reconstruct"], help="remove channels instead")
     parser.add_argument("--distil", action="store_true", help="with the uncompressed model as teacher")
@@ -62,6 +63,9 @@ def main() -> None:
     callbacks: list[Callback] = [LowRankCallback(energy=0.6), QATCallback(bits=8)]
     if options.calibrate:
         callbacks = [PTQCallback()]
+    if options.learned:
+        rest = {"quantizer": "lsq", "num_samples": 0, "min_saving": 0.0, "scale_lr": 1e-6}
+        callbacks = [QATCallback(bits=4, initial_bits=6, **rest)]
     if options.prune:
         callbacks = [PruningCallback(sparsity=0.8, criterion=options.prune, include=["*"], min_saving=0.0)]
     if options.channels:

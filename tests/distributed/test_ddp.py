@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DistributedSampler
 
 from pquant_lightning import load_compressed
 from tests.distributed.launch import both_ranks, run
-from tests.models import ConvNet
+from tests.models import BATCH_SIZE, ConvNet
 
 
 def test_ranks_end_bitwise_in_sync_and_resume(tmp_path: Path) -> None:
@@ -38,6 +39,19 @@ def test_calibration_sees_the_data_of_both_ranks(tmp_path: Path) -> None:
     assert both.min() <= low + 0.05
     assert high - 0.05 <= both.max()
     assert high - low > 0.8 * (both.max() - both.min())
+
+
+def test_learned_scales_start_from_the_first_batches_of_both_ranks(tmp_path: Path) -> None:
+    zero, one = both_ranks("fit_ddp", tmp_path, "--learned")
+    assert set(zero["kinds"].values()) == {"quant_conv2d", "quant_linear"}
+    assert one["digest"] == zero["digest"]
+    scale = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["conv1.act_scale"]
+    pixels = torch.cat([batch[0] for batch in ConvNet.loader()])
+    order = [list(DistributedSampler(range(len(pixels)), 2, rank, seed=0)) for rank in (0, 1)]  # type: ignore[arg-type]
+    first = [pixels[indices[:BATCH_SIZE]] for indices in order]
+    both = torch.cat(first)
+    assert all(part.max() - part.min() < 0.999 * (both.max() - both.min()) for part in first)
+    assert float(scale) * 255 == pytest.approx(float(both.max() - both.min()), rel=1e-3)  # the first layer has 8 bits
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "snip", "wanda", "sparsegpt"])

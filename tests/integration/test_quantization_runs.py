@@ -184,6 +184,22 @@ def test_bits_fall_one_by_one_during_a_fit(tmp_path: Path) -> None:
     assert error(outputs(model, x), outputs(final, x)) < 1e-4
 
 
+@pytest.mark.parametrize("quantizer", ["lsq", "pact"])
+@pytest.mark.parametrize("options", [{"initial_bits": 8}, {"initial_bits": 8, "start": 0.3}, {}], ids=str)
+def test_a_first_batch_gives_the_range_that_it_has_whatever_bits_are_in_force(quantizer: str, options: Any) -> None:
+    method = QATCompression(quantizer=quantizer, num_samples=0, **options, **ALL_BITS)
+    model: Any = method.compress(built(MLP)).train()
+    x = MLP.inputs(64)[0]
+    width = 2 * x.abs().max() if quantizer == "pact" else x.max() - x.min()
+    for progress in (0.0, 0.2, 0.35, 0.45, 1.0):
+        method.step(model, {}, progress)
+        model(x)
+        bits = model.fc1.bits_in_force[1]
+        codes = 2 ** (4 if bits == 16 else bits) - 1
+        assert float(model.fc1.act_scale.detach()) * codes == pytest.approx(float(width), rel=0.01), (progress, bits)
+    assert bits == 4
+
+
 @pytest.mark.parametrize("quantizer", ["ste", "lsq", "pact"])
 def test_layers_that_are_to_have_more_bits_are_not_lowered_further(quantizer: str, tmp_path: Path) -> None:
     watch = Watch(lambda module: [getattr(module, name).bits_in_force for name in ("fc1", "fc2", "head")])

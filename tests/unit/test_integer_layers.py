@@ -165,3 +165,18 @@ def test_transposed_convolutions(groups, bits):
     with torch.no_grad():
         torch.testing.assert_close(final(x), trained(x), rtol=1e-4, atol=1e-4)
         assert 0 < (final(x) - model(x)).norm() < (0.5 if bits == 3 else 0.05) * model(x).norm()
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv1d"])
+def test_sums_that_32_bits_do_not_hold(conv, scheme):
+    """All codes are the largest, so that the sums are: about 1.2 times 2**31, known without a kernel."""
+    inputs = 160_000 if not conv else 80_000
+    layer = nn.Conv1d(inputs, 8, 1, bias=False) if conv else nn.Linear(inputs, 8, bias=False)
+    nn.init.constant_(layer.weight, 0.5)
+    x = torch.full((2, inputs, 1) if conv else (2, inputs), 3.0)
+    model = compress_model(nn.Sequential(layer), "ptq", train_loader=[x], scheme=scheme, correct_bias=False)
+    with torch.no_grad():
+        found = model(x)
+    torch.testing.assert_close(found, torch.full_like(found, 1.5 * inputs), rtol=1e-4, atol=0.0)
+    assert model[0].spec["kernel"].startswith("dequantize: a sum of 80,000" if conv else "integer")

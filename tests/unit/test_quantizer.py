@@ -150,17 +150,40 @@ class TestLearned:
         expected = (upstream * slope).sum(1, keepdim=True) / (20 * top) ** 0.5
         torch.testing.assert_close(scale.grad, expected, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("sign", [1.0, -1.0])
     @pytest.mark.parametrize("rounding", [True, False])
-    def test_activation_gradients_are_those_of_lsq_and_pact(self, rounding):
+    def test_activation_gradients_are_those_of_lsq_and_pact(self, rounding, sign):
         torch.manual_seed(0)
         x, upstream = torch.randn(200, requires_grad=True), torch.randn(200)
-        scale, zero_point = (torch.tensor([value], requires_grad=True) for value in (0.2, 6.0))
+        scale, zero_point = (torch.tensor([value], requires_grad=True) for value in (0.2 * sign, 6.0))
         learned_fake_quantize_activation(x, scale, zero_point, 4, rounding).backward(upstream)
-        v = (x / scale).detach()
+        v = (x / scale.abs()).detach()
         inside, codes = (v > -6) & (v < 9), v.round().clamp(-6, 9)
         slope = torch.where(inside, codes - v if rounding else torch.zeros_like(v), codes)
         share = (200 * 15) ** -0.5
         torch.testing.assert_close(x.grad, upstream * inside)
-        torch.testing.assert_close(scale.grad, (upstream * slope).sum(0, keepdim=True) * share, rtol=1e-3, atol=1e-5)
+        expected = (upstream * slope).sum(0, keepdim=True) * share * sign
+        torch.testing.assert_close(scale.grad, expected, rtol=1e-3, atol=1e-5)
         expected = -(upstream * ~inside).sum(0, keepdim=True) * 0.2 * share
         torch.testing.assert_close(zero_point.grad, expected, rtol=1e-3, atol=1e-5)
+
+    @pytest.mark.parametrize("sign", [1.0, -1.0])
+    @pytest.mark.parametrize("of", ["weight", "input"])
+    def test_scale_gradients_are_finite_differences_where_values_are_clipped(self, of, sign):
+        """There the forward is linear in the scale, so that no straight-through convention is involved."""
+        torch.manual_seed(0)
+        x, upstream = 5 * torch.randn(40, dtype=torch.float64), torch.randn(40, dtype=torch.float64)
+        x = x[x.abs() > 3].reshape(1, -1)
+        upstream = upstream[: x.numel()].reshape(1, -1)
+
+        def forward(scale):
+            if of == "weight":
+                return learned_fake_quantize_weight(x, scale[None], 4)
+            return learned_fake_quantize_activation(x, scale, torch.tensor([6.0]), 4)
+
+        at = torch.tensor([0.1 * sign], dtype=torch.float64, requires_grad=True)
+        forward(at).backward(upstream)
+        with torch.no_grad():
+            difference = float(((forward(at + 1e-3) - forward(at - 1e-3)) * upstream).sum()) / 2e-3
+        share = (x.numel() * (7 if of == "weight" else 15)) ** -0.5
+        assert float(at.grad) == pytest.approx(difference * share, rel=1e-3)

@@ -38,6 +38,7 @@ from pquant_lightning.methods.quantization._forms import (
     layer_config,
 )
 from pquant_lightning.methods.quantization._kernels import (
+    CONV_PRODUCTS,
     HAS_CONV,
     dynamic_linear,
     forget,
@@ -255,7 +256,8 @@ class _Convolving(_Computing):
     """Convolutions in integers, on the CPU."""
 
     def runs_here(self, x: Tensor) -> bool:
-        return x.device.type == "cpu" and x.dim() == len(self.shape) and HAS_CONV
+        fits = self.shape[1:].numel() <= CONV_PRODUCTS  # older files do not say so
+        return x.device.type == "cpu" and x.dim() == len(self.shape) and HAS_CONV and fits
 
     def product(self, x: Tensor) -> Tensor:
         ready = self.ready()

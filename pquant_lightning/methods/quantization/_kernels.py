@@ -16,6 +16,8 @@ from pquant_lightning.core.affine import Grid, affine_codes, dynamic_grid, int_p
 
 HAS_CONV = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv2d_pointwise")  # x86
 
+CONV_PRODUCTS = (2**31 - 1) // (255 * 127)  # that int32 holds the sum of, of an unsigned input code and a weight code
+
 _PACKED: Any = WeakTensorKeyDictionary()  # codes -> the same codes as oneDNN wants them
 
 
@@ -31,6 +33,8 @@ def why_no_kernel(layer: nn.Module, act_bits: int, group_size: int | None) -> st
         return None
     if not isinstance(layer, nn.Conv1d | nn.Conv2d):
         return f"torch has no integer kernel for {type(layer).__name__}"
+    if (products := layer.weight[0].numel()) > CONV_PRODUCTS:
+        return f"a sum of {products:,} products does not fit into 32 bits"
     if layer.padding_mode != "zeros":
         return f"padding_mode={layer.padding_mode!r}"
     if layer.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)):

@@ -87,6 +87,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
     _cache: Any
     _known: bool | None
     observing: bool  # whether training moves `act_range`
+    first_range: tuple[float, float] | None  # what a learned input scale starts from, where no calibration has said it
     is_rescaled: bool  # whether factors have been moved into or out of the weight since it was made or loaded
     outdated: bool  # whether weights from before that have been loaded, for which no range is known
     folded: tuple[Tensor, Tensor] | None  # factor and shift of the norm to be folded in, while the model is deployed
@@ -98,6 +99,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
             raise ValueError(f"bits are 2 to 8 or 16, got {spec['bits']!r} and {spec['act_bits']!r}")
         layer = cls(**layer_config(spec))
         layer.observing = True
+        layer.first_range = None
         layer.is_rescaled = layer.outdated = False
         layer.folded = None
         layer.rounded = None
@@ -142,7 +144,9 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
 
     def _learned_input(self, x: Tensor, bits: int) -> Tensor:
         if not self.known and self.training and x.numel():
-            self.set_range(*(float(value) for value in torch.aminmax(x.detach())))
+            low, high = (float(value) for value in torch.aminmax(x.detach()))
+            self.first_range = low, high
+            self.set_range(low, high)
         if bits == FLOAT or not self.known:
             return x + 0 * (self.act_scale + self.act_zero).sum() if self.training else x
         rounding = self.spec["act_quantizer"] == "lsq"
@@ -236,7 +240,8 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
             else:
                 if self.spec["act_quantizer"] == "pact" and low < 0:
                     limits = limits.abs().max() * torch.tensor([-1.0, 1.0], device=limits.device)
-                scale, zero_point = affine_scale(limits[0], limits[1], self.spec["act_bits"])
+                bits = self.spec["act_bits"] if self._bits[1] == FLOAT else self._bits[1]  # of those in force
+                scale, zero_point = affine_scale(limits[0], limits[1], bits)
                 self.act_scale.copy_(scale)
                 self.act_zero.copy_(zero_point)
         self._known = True

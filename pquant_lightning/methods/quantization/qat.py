@@ -1,9 +1,11 @@
 """Quantization-aware training: weights and inputs are rounded in the forward, gradients pass straight through."""
 
 import logging
+from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from pquant_lightning.core.compressed_layer import compressed_layers
@@ -22,8 +24,24 @@ log = logging.getLogger(__name__)
 
 _LEARNS_BELOW = 5  # bits below which quantizer="auto" learns scales
 
-Parts = tuple[list[QuantLayer], list[nn.Module]]
-_PARTS: "WeakKeyDictionary[nn.Module, Parts]" = WeakKeyDictionary()  # layers and norms that `step` looks at
+
+@dataclass
+class _Parts:
+    """What `step` looks at in one fit.
+
+    Attributes:
+        layers: those that train.
+        norms: batch norms behind them.
+        unsettled: layers whose learned input scale starts from the first batch of each process, until all processes
+            have agreed on it; None before the first step.
+    """
+
+    layers: list[QuantLayer]
+    norms: list[nn.Module]
+    unsettled: list[QuantLayer] | None = None
+
+
+_PARTS: "WeakKeyDictionary[nn.Module, _Parts]" = WeakKeyDictionary()
 
 
 @CompressionMethodRegistry.register("qat")
@@ -149,28 +167,53 @@ class QATCompression(QuantizationMethod):
         log.info("qat: %d layer(s) with learned scales, %d straight-through", learned, len(chosen) - learned)
 
     def attach(self, model: nn.Module, state: dict[str, Any]) -> None:
-        _PARTS[model] = _parts(model)
+        _PARTS[model] = _parts_of(model)
 
     def step(self, model: nn.Module, state: dict[str, Any], progress: float) -> None:
-        layers, norms = _PARTS.get(model) or _parts(model)
-        for layer in layers:
+        parts = _PARTS.get(model) or _parts_of(model)
+        _agree_on_first_ranges(parts)
+        for layer in parts.layers:
             schedule = layer.spec["schedule"]
             layer.observing = progress < schedule["freeze_observers"]
             if schedule["moves"] and (bits := bits_in_force(layer.spec, progress)) != layer.bits_in_force:
                 layer.set_bits(*bits)
-        for norm in norms:
+        for norm in parts.norms:
             if norm.training and progress >= self.freeze_norms:
                 norm.eval()  # again after each validation, which puts the whole model back into training
 
 
-def _parts(model: nn.Module) -> Parts:
+def _parts_of(model: nn.Module) -> _Parts:
     layers = {
         name: layer
         for name, layer in compressed_layers(model).items()
         if isinstance(layer, QuantLayer) and layer.spec["trains"]
     }
     found = [norm_of(model, name, layer) for name, layer in layers.items()]
-    return list(layers.values()), [pair[1] for pair in found if pair is not None]
+    return _Parts(list(layers.values()), [pair[1] for pair in found if pair is not None])
+
+
+def _agree_on_first_ranges(parts: _Parts) -> None:
+    """Gives learned input scales that have started from a batch the range of the first batches of all processes.
+
+    Layers are reduced together, by their place in the model: a process may have reached some of them only.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if parts.unsettled is None:
+        parts.unsettled = [layer for layer in parts.layers if hasattr(layer, "act_scale") and not layer.known]
+    if not parts.unsettled:
+        return
+    first = [layer.first_range or (torch.inf, -torch.inf) for layer in parts.unsettled]
+    ends = torch.tensor([(-low, high) for low, high in first], device=parts.unsettled[0].weight.device)
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+    still: list[QuantLayer] = []
+    for layer, (negated, high) in zip(parts.unsettled, ends.tolist(), strict=True):
+        if -negated <= high:
+            layer.set_range(-negated, high)
+            layer.first_range = None
+        else:
+            still.append(layer)
+    parts.unsettled = still
 
 
 def bits_in_force(spec: dict[str, Any], progress: float) -> tuple[int, int]:
