@@ -8,42 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import LightningModule, seed_everything
 from torch import nn
 
+from pquant_lightning._arguments import pairs
 from pquant_lightning.api import load_compressed
 from pquant_lightning.callbacks._lightning import is_a
 from pquant_lightning.callbacks.base import _MethodCallback
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compression_method import CompressionMethod
 from pquant_lightning.core.errors import OptionError, known
+from pquant_lightning.core.modes import to_eval
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.pipelines._settings import Settings
-
-_HELP = {
-    "config": "a YAML: of `pquant fit` (model, data, trainer.callbacks), or with a section `compression`",
-    "model": "class of the model, e.g. my_package.MyModule",
-    "model_arg": "an argument of the model, e.g. width=32; may be repeated",
-    "ckpt_path": "its weights: .ckpt, .safetensors or .pt",
-    "data": "class of the LightningDataModule",
-    "data_arg": "an argument of the datamodule; may be repeated",
-    "method": f"what to compress with: {', '.join(CompressionMethodRegistry.list_available())}",
-    "option": "an option of the method, e.g. rank=8; may be repeated",
-}
-
-
-def add_target(parser: argparse.ArgumentParser, methods: bool = False) -> None:
-    """The arguments by which commands name what they work on."""
-    group = parser.add_argument_group("what to work on")
-    for name in ("config", "model", "ckpt_path", "data"):
-        group.add_argument(f"--{name}", metavar=name.split("_")[0].upper(), help=_HELP[name])
-    for name in ("model_arg", "data_arg"):
-        group.add_argument(f"--{name}", action="append", default=[], metavar="KEY=VALUE", help=_HELP[name])
-    if methods:
-        group = parser.add_argument_group("how to compress (or in the YAML)")
-        group.add_argument("--method", metavar="NAME", help=_HELP["method"])
-        group.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=_HELP["option"])
 
 
 @dataclass
@@ -91,10 +68,8 @@ def read_target(options: argparse.Namespace) -> Target:
         raise OptionError("No model was named: give --model my_package.MyModule, or a YAML with a section 'model'.")
     data_entry = _entry(options.data, options.data_arg, config.get("data"))
     methods = list(settings.methods) if settings is not None else _methods_of(config)
-    if getattr(options, "method", None):
-        methods = [CompressionMethodRegistry.get(options.method, _pairs(options.option))]
-    elif getattr(options, "option", None):
-        raise OptionError("--option goes with --method: name the method whose option it is.")
+    if given := getattr(options, "method", None):
+        methods = [CompressionMethodRegistry.get(method.name, pairs(method.options)) for method in given]
 
     def make() -> nn.Module:
         return make_model(model_entry)
@@ -103,7 +78,7 @@ def read_target(options: argparse.Namespace) -> Target:
     if options.ckpt_path is not None:
         model = load_compressed(model, options.ckpt_path)
     data = None if data_entry is None else _build(data_entry, "data")
-    target = Target(model.eval(), data, methods, settings)
+    target = Target(to_eval(model), data, methods, settings)
     target._make = make
     return target
 
@@ -118,29 +93,14 @@ def make_model(entry: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _entry(name: str | None, pairs: list[str], configured: Any) -> dict[str, Any] | None:
+def _entry(name: str | None, given: list[str], configured: Any) -> dict[str, Any] | None:
     if name is not None:
-        return {"class_path": name, "init_args": _pairs(pairs)}
+        return {"class_path": name, "init_args": pairs(given)}
     if configured is None:
         return None
     if not isinstance(configured, dict) or "class_path" not in configured:
         raise OptionError(f"A section names a class: {{class_path: my_package.MyModule}}, got {configured!r}.")
-    return {**configured, "init_args": {**(configured.get("init_args") or {}), **_pairs(pairs)}}
-
-
-def _pairs(pairs: list[str]) -> dict[str, Any]:
-    """`key=value` arguments, the values as YAML reads them.
-
-    >>> _pairs(["rank=8", "include=[fc*]"])
-    {'rank': 8, 'include': ['fc*']}
-    """
-    found = {}
-    for pair in pairs:
-        key, sign, value = pair.partition("=")
-        if not sign:
-            raise OptionError(f"An argument is given as key=value, got {pair!r}.")
-        found[key] = yaml.safe_load(value)
-    return found
+    return {**configured, "init_args": {**(configured.get("init_args") or {}), **pairs(given)}}
 
 
 def find_class(path: str) -> Any:

@@ -18,6 +18,7 @@ from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import deploy
 from pquant_lightning.core.errors import CheckpointError, OptionError, PQuantError
 from pquant_lightning.core.hyperparameters import Arguments, arguments_of
+from pquant_lightning.core.modes import to_eval
 from pquant_lightning.core.options import check_model
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport, make_report
@@ -161,7 +162,7 @@ def finalize(model: Model, inplace: bool = False) -> Model:
     else:
         deploy(result)
     install_hook(result)
-    return result.eval()
+    return to_eval(result)
 
 
 def prepare(model: Model) -> Model:
@@ -198,7 +199,7 @@ def compression_report(original: nn.Module, compressed: nn.Module, example_input
     """
     check_model("compression_report", original)
     check_model("compression_report", compressed)
-    return make_report(compressed, original=original, example_inputs=example_inputs)
+    return make_report(compressed, original=original, example_inputs=example_inputs, files=True)
 
 
 def save_compressed(model: nn.Module, path: str | Path) -> Path:
@@ -257,14 +258,14 @@ def load_compressed(model_or_class: Any, path: str | Path, *, weights_only: bool
         checkpoint = read_checkpoint(path, weights_only)
         state, saved = checkpoint.get("state_dict", checkpoint), _arguments_in(checkpoint, model_or_class)
         if is_subclass(model_or_class, pl.LightningModule) and "state_dict" in checkpoint:
-            return _load_from_checkpoint(model_or_class, path, weights_only, saved, init_kwargs).eval()
+            return to_eval(_load_from_checkpoint(model_or_class, path, weights_only, saved, init_kwargs))
     if is_class:
         model = _make(model_or_class, saved, init_kwargs)
     else:
         model = model_or_class
         _compare_arguments(model, saved)
     _load(model, state, path)
-    return model.eval()
+    return to_eval(model)
 
 
 def _file(path: Any) -> Path:

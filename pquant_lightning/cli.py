@@ -1,20 +1,14 @@
-"""The `pquant` command: LightningCLI with the compression callbacks at hand by short name, and errors one can read."""
+"""The `pquant` command: what is asked for is understood, or answered with the nearest name, before torch is loaded."""
 
 import importlib
-import inspect
-import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-
-from pquant_lightning._commands import COMMANDS, run_command
-from pquant_lightning.api import load_compressed
-from pquant_lightning.core.compressed_layer import install_hook
-from pquant_lightning.core.errors import PQuantError, known
-from pquant_lightning.core.serialization import read_checkpoint
+from pquant_lightning._arguments import COMMANDS, pairs, parse
+from pquant_lightning.core.errors import OptionError, PQuantError, known
+from pquant_lightning.core.registry import CompressionMethodRegistry
+from pquant_lightning.methods import BUILT_IN
 
 _LIGHTNING = ("fit", "validate", "test", "predict")
 
@@ -24,83 +18,8 @@ with a Trainer (LightningCLI; callbacks by short name):
 {trainer}
 with a model:
 {commands}
-`pquant COMMAND --help` explains each. Exit codes: 0 done, 1 it could not be done, 2 the command line is wrong."""
-
-
-class _CLI(LightningCLI):
-    """LightningCLI that answers a typo with the nearest name, and that loads compressed files in every command."""
-
-    _held: Any = None  # a --ckpt_path whose hyperparameters Lightning cannot read
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        super().parse_arguments(parser, args)
-        settings = self.config[self.config["subcommand"]]
-        path = settings.get("ckpt_path")
-        if path is not None and Path(path).is_file() and not _names_its_class(Path(path)):
-            self._held, settings["ckpt_path"] = path, None
-
-    def before_instantiate_classes(self) -> None:
-        if self._held is not None:
-            self.config[self.config["subcommand"]]["ckpt_path"] = self._held
-
-    def _prepare_model(self) -> None:
-        """A compressed checkpoint rebuilds its layers also where no callback of ours is in the list."""
-        install_hook(self.model)
-        settings = self.config_init[self.config_init["subcommand"]]
-        path = settings.get("ckpt_path")
-        if path is not None and str(path).endswith(".safetensors"):  # an artefact, which is no Lightning checkpoint
-            load_compressed(self.model, path)
-            settings["ckpt_path"] = None
-
-    before_validate = before_test = before_predict = _prepare_model
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = super().init_parser(**kwargs)
-        parser.error = _exit_explained  # type: ignore[method-assign]
-        return parser
-
-
-def _names_its_class(path: Path) -> bool:
-    """Whether a checkpoint was written by LightningCLI: its hyperparameters then say which class they are of."""
-    return path.suffix != ".safetensors" and "_class_path" in read_checkpoint(path).get("hyper_parameters", {})
-
-
-def _exit_explained(message: str, *_: Any, **__: Any) -> NoReturn:
-    sys.exit(f"pquant: {explain(message)}")
-
-
-def explain(message: str) -> str:
-    """The cause inside a parser's message: which class or option, what was given, the names there are.
-
-    >>> explain("... class_path 'pquant_lightning.QATCallback': Option 'bit' is not accepted").split(" Known")[0]
-    "QATCallback has no option 'bit'. Did you mean 'bits'?"
-    """
-    text = " ".join(message.split())
-    if found := re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
-        owner = _import(found[1])
-        return f"{owner.__name__} has no option {found[2]!r}. {known(found[2], inspect.signature(owner).parameters)}"
-    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
-        names = [name for name in dir(importlib.import_module(found[1])) if name[0].isupper()]
-        return f"{found[1]} has no class {found[2]!r}. {known(found[2], names)}"
-    if found := re.search(r"class_path '([\w.]+)': Parser key \"([\w.]+)\": (.*?Got value: [^-]*)", text):
-        return f"{found[1].rpartition('.')[2]}, option {found[2]}: {found[3].strip()}"
-    if found := re.search(r"Expected a dot import path string: (\w+)", text):
-        names = [cls.__name__ for cls in _subclasses(Callback) if not cls.__name__.startswith("_")]
-        return f"There is no class {found[1]!r}. {known(found[1], names)}"
-    if found := re.search(r"does not accept option 'trainer\.(\w+)'", text):
-        names = list(inspect.signature(Trainer).parameters)
-        return f"The Trainer has no option {found[1]!r}. {known(found[1], names)}"
-    return message
-
-
-def _import(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def _subclasses(cls: type[Callback]) -> list[type[Callback]]:
-    direct = cls.__subclasses__()
-    return [*direct, *(sub for child in direct for sub in _subclasses(child))]
+`pquant COMMAND --help` explains each. Exit codes: 0 done, 1 it could not be done, 2 the command line or the
+configuration is wrong, 130 interrupted."""
 
 
 def overview() -> str:
@@ -110,8 +29,12 @@ def overview() -> str:
     return OVERVIEW.format(trainer=trainer, commands=commands)
 
 
-def main(args: ArgsType = None) -> None:
-    """Runs a command; modules of the working directory are found."""
+def main(args: Any = None) -> None:
+    """Runs a command; modules of the working directory are found.
+
+    Args:
+        args: the arguments as a list (None: those of the process), or what LightningCLI takes instead.
+    """
     sys.path.insert(0, str(Path.cwd()))
     given = sys.argv[1:] if args is None else args
     first = given[0] if isinstance(given, list) and given else None
@@ -119,17 +42,43 @@ def main(args: ArgsType = None) -> None:
         sys.stdout.write(overview() + "\n")
         sys.exit(0 if first else 2)
     if isinstance(first, str) and not first.startswith("-") and first not in (*_LIGHTNING, *COMMANDS):
-        sys.stderr.write(f"pquant: there is no command {first!r}. {known(first, (*_LIGHTNING, *COMMANDS))}\n")
-        sys.exit(2)
+        _stop(f"there is no command {first!r}. {known(first, (*_LIGHTNING, *COMMANDS))}", 2)
     try:
-        if first in COMMANDS and isinstance(given, list):
-            run_command(first, given[1:])
-        else:
-            _CLI(args=args, save_config_kwargs={"overwrite": True})
+        _run(first, given)
+    except KeyboardInterrupt as interruption:
+        _stop(str(interruption) or "interrupted.", 130)
+    except SystemExit as end:  # Lightning ends the process where it has caught an interruption
+        if isinstance(end.__context__, KeyboardInterrupt):
+            _stop("interrupted.", 130)
+        raise
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, PQuantError):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        sys.exit(f"pquant: {cause}")
+        _stop(str(cause), 2 if isinstance(cause, OptionError) else 1)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"pquant: {message}\n")
+    sys.exit(code)
+
+
+def _run(first: str | None, given: Any) -> None:
+    if first not in COMMANDS or not isinstance(given, list):
+        _load().run_trainer_command(given)
+        return
+    options = parse(first, given[1:])
+    if getattr(options, "method", None):  # methods need torch, but neither Lightning nor the user's model
+        for module in BUILT_IN.values():
+            importlib.import_module(f"pquant_lightning.methods.{module}")
+        for method in options.method:
+            CompressionMethodRegistry.get(method.name, pairs(method.options))
+    _load("_commands").run_command(first, options)
+
+
+def _load(module: str = "_lightning_cli") -> Any:
+    """A module that does the work; all public names are there when it is imported."""
+    importlib.import_module("pquant_lightning._public")
+    return importlib.import_module(f"pquant_lightning.{module}")

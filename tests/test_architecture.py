@@ -23,8 +23,11 @@ PACKAGE = Path(pquant_lightning.__file__).parent
 FLOORS = {  # first part of a module's name inside the package -> floor
     "": 7,
     "__main__": 7,
+    "_public": 7,
     "cli": 6,
+    "_arguments": 6,
     "_commands": 6,
+    "_lightning_cli": 6,
     "_targets": 6,
     "api": 5,
     "config": 5,
@@ -36,7 +39,7 @@ FLOORS = {  # first part of a module's name inside the package -> floor
     "core": 1,
     "utils": 1,
 }
-WITH_LIGHTNING = ("callbacks", "pipelines", "cli", "_commands", "_targets", "api")
+WITH_LIGHTNING = ("callbacks", "pipelines", "_lightning_cli", "_commands", "_targets", "api")
 OPTIONAL = (
     "tensorflow keras ai_edge_litert jax flax onnx onnxscript onnxruntime matplotlib sklearn peft transformers "
     "tensorly tltorch"

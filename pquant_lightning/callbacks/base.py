@@ -44,7 +44,9 @@ from pquant_lightning.core.errors import (
     OptionError,
 )
 from pquant_lightning.core.hyperparameters import loading_line
+from pquant_lightning.core.modes import to_training
 from pquant_lightning.core.optimizer import separate_groups
+from pquant_lightning.core.options import option_texts
 from pquant_lightning.core.partial import complete, omit_frozen
 from pquant_lightning.core.plan import CompressionPlan, Skip
 from pquant_lightning.core.report import CompressionReport, make_report
@@ -121,6 +123,8 @@ class _MethodCallback(Callback):
         _check_order(trainer)
         _check_resizing(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            to_training(pl_module)  # `load_compressed` gives it in eval mode
         if fitting and launches_copies(trainer) and not prepared:
             raise ModelError(
                 "This strategy trains a copy of the model in other processes, and the model here would not take over "
@@ -589,8 +593,12 @@ def _project(method: CompressionMethod, module: nn.Module, state: dict[str, Any]
 
 
 def show_signature(callback_class: type[_MethodCallback], method_class: type[CompressionMethod]) -> None:
-    """Gives a named callback the signature of its method's options, for `inspect`, `help` and editors."""
+    """Gives a named callback the signature and the texts of its method's options, for `inspect`, `help` and editors."""
     options = [p for p in inspect.signature(method_class).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    texts = option_texts(method_class)
+    shown = "\n".join(f"        {option.name}: {texts[option.name]}" for option in options)
+    whole = f"        **options: of `{method_class.__name__}`."
+    callback_class.__doc__ = (callback_class.__doc__ or "").replace(whole, shown)
     own = [p for p in inspect.signature(callback_class.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
     callback_class.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
 

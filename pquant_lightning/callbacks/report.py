@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pquant_lightning.core.deploy import dense_form, deploy
 from pquant_lightning.core.errors import CallbackOrderError, PQuantError
 from pquant_lightning.core.hyperparameters import loading_line
 from pquant_lightning.core.report import CompressionReport
+from pquant_lightning.core.serialization import file_bytes
 from pquant_lightning.utils.benchmarking import benchmark_models
 from pquant_lightning.utils.report_page import Figure, Metric, ReportPage
 from pquant_lightning.utils.visualization import figure_to_svg, plot_layer_sizes, plot_training
@@ -103,7 +105,11 @@ class CompressionReportCallback(Callback):
         if last is None or last.report is None or smoke_test or not trainer.is_global_zero:
             return
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
-        page = self._page(trainer, pl_module, last.report, last.artifact)
+        report = last.report
+        if last.artifact is not None:
+            before = file_bytes(dense_form(pl_module), like=pl_module)
+            report = replace(report, file_bytes=(before, last.artifact.stat().st_size))
+        page = self._page(trainer, pl_module, report, last.artifact)
         self.path = page.write(folder)
         figures = {f"pquant/final_{m.name}": m.after for m in page.metrics if not m.name.startswith("val")}
         figures["pquant/final_size_ratio"] = last.report.size_ratio
@@ -140,8 +146,9 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sizes(report: CompressionReport) -> list[Metric]:
-    found = [Metric("parameters", *report.params), Metric("size", *report.size_bytes, "bytes")]
-    return found if report.macs is None else [*found, Metric("MACs", *report.macs)]
+    size = Metric("size", *(report.file_bytes or report.size_bytes), "bytes")
+    found = [Metric("parameters", *report.params), size]
+    return found if report.macs is None else [*found, Metric("MACs", *report.macs, "per sample")]
 
 
 def _figures(curves: Any, moments: Any, report: CompressionReport) -> tuple[list[Figure], str]:

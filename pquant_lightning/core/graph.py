@@ -73,6 +73,20 @@ class Graph:
         return pairs
 
 
+def norm_affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """Factor and shift, float32 `(channels,)`, that a batch norm applies in eval mode.
+
+    References:
+        Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+        2018, section 3.2, equation 14.
+    """
+    factor = (norm.running_var.float() + norm.eps).rsqrt()
+    if norm.affine:
+        factor = factor * norm.weight.detach().float()
+    shift = -norm.running_mean.float() * factor
+    return factor, shift + norm.bias.detach().float() if norm.affine else shift
+
+
 def _is_foldable(norm: Any, layer: Any, dimensions: int) -> bool:
     """Its statistics are fixed in eval, and each of its channels is one output channel of the layer's weight."""
     batched = dimensions == max(2, layer.weight.ndim)  # without a batch, the norm's channels are another dimension

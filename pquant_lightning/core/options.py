@@ -1,5 +1,7 @@
 """Checks of option values against their annotations; the messages name the option, the value and the rule."""
 
+import inspect
+import re
 import types
 import typing
 from functools import cache
@@ -91,6 +93,28 @@ def check_rank_or_share(owner: type, name: str, value: Any) -> None:
         check_count(owner, name, value, low=1)
     else:
         check_share(owner, name, value)
+
+
+def option_texts(owner: type) -> dict[str, str]:
+    """What the docstrings of a class and its bases say of each option, as it stands in their `Args:`.
+
+    >>> class Base:
+    ...     '''A method.
+    ...
+    ...     Args:
+    ...         rank: of each layer,
+    ...             a count.
+    ...     '''
+    >>> option_texts(Base)
+    {'rank': 'of each layer,\\n            a count.'}
+    """
+    found: dict[str, str] = {}
+    for cls in owner.__mro__:
+        text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
+        section = re.search(r"^Args:\n((?:    .*\n?|\n)*)", text, re.MULTILINE)
+        for name, words in re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", section[1] if section else "", re.MULTILINE):
+            found.setdefault(name, words.rstrip().replace("\n", "\n    "))
+    return found
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:

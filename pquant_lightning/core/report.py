@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pquant_lightning.core.calibration import batch_size
 from pquant_lightning.core.compressed_layer import (
     CompressedLayer,
     changed_layers,
@@ -31,10 +32,15 @@ from pquant_lightning.core.deploy import (
     stored_bytes,
 )
 from pquant_lightning.core.errors import ModelError
+from pquant_lightning.core.graph import norm_affine
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import Skip
+from pquant_lightning.core.serialization import file_bytes
 from pquant_lightning.core.splitting import split_like
 from pquant_lightning.core.structure import absolute_path
+
+HEADINGS = ("Parameters", "Bytes", "MACs per sample", "Weight error")
+"""The columns of figures, before and after: bytes are those of tensors, errors ||W - W'|| / ||W||."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,8 @@ class LayerReport:
         name: dotted module name.
         method: the kinds it is made of, outer before inner, with their parameters.
         params: numbers of parameters (integer weights count as parameters).
-        size_bytes: stored bytes, the deployed form after.
-        macs: multiply-accumulates of one forward pass of the example; None where there was none.
+        size_bytes: bytes of its tensors in a file, the deployed form after.
+        macs: multiply-accumulates per sample of the example; None where there was none.
         error: relative weight error ||W - W'|| / ||W||; None where the original is not known.
     """
 
@@ -66,8 +72,9 @@ class CompressionReport:
         layers: the compressed layers.
         skipped: the layers left alone, with the reason.
         params: parameters of the whole model before and after.
-        size_bytes: stored bytes of the whole model before and after (deployed form, without the file's header).
-        macs: multiply-accumulates of one forward pass of the example; None where there was none.
+        size_bytes: bytes of the tensors of the whole model before and after (deployed form, without a file's header).
+        macs: multiply-accumulates per sample of the example; None where there was none.
+        file_bytes: bytes of the files that `save_compressed` writes of both; None where they were not asked for.
     """
 
     layers: tuple[LayerReport, ...]
@@ -75,6 +82,7 @@ class CompressionReport:
     params: tuple[int, int]
     size_bytes: tuple[int, int]
     macs: tuple[int, int] | None
+    file_bytes: tuple[int, int] | None = None
 
     @property
     def compression_ratio(self) -> float:
@@ -83,7 +91,7 @@ class CompressionReport:
 
     @property
     def size_ratio(self) -> float:
-        """Stored bytes after / stored bytes before."""
+        """Bytes of the tensors after / before."""
         return self.size_bytes[1] / max(self.size_bytes[0], 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +102,7 @@ class CompressionReport:
         table = Table(title="Compression", title_justify="left", caption_justify="left")
         for heading in ("Layer", "Method"):
             table.add_column(heading, overflow="fold")
-        for heading in ("Parameters", "Bytes", "MACs", "Error"):
+        for heading in HEADINGS:
             table.add_column(heading, justify="right")
         for layer in self.layers:
             error = "" if layer.error is None else f"{layer.error:.2%}"
@@ -102,9 +110,11 @@ class CompressionReport:
         table.add_section()
         table.add_row(
             "whole model",
-            f"{self.size_ratio:.1%} of the bytes",
+            _kept(self.size_bytes),
             *map(_change, (self.params, self.size_bytes, self.macs)),
         )
+        if self.file_bytes is not None:
+            table.add_row("file", _kept(self.file_bytes), "", _change(self.file_bytes))
         console = Console(file=io.StringIO(), width=120, color_system=None)
         console.print(table)
         for skip in self.skipped:
@@ -113,6 +123,10 @@ class CompressionReport:
             )
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().rstrip()
+
+
+def _kept(pair: tuple[int, int]) -> str:
+    return f"{pair[1] / max(pair[0], 1):.1%} of the bytes"
 
 
 def _change(pair: tuple[int, int] | None) -> str:
@@ -144,6 +158,13 @@ def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int] | None:
     return {"": by_module.get("Global", 0)} | {n.removeprefix(f"{root}."): macs for n, macs in by_module.items()}
 
 
+def macs_per_sample(model: nn.Module, example_inputs: Any) -> dict[str, int] | None:
+    """`count_macs` / the samples of the example: the same for every batch size where samples do not meet."""
+    counted = count_macs(model, example_inputs)
+    samples = max(batch_size(example_inputs), 1)
+    return None if counted is None else {name: round(macs / samples) for name, macs in counted.items()}
+
+
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs as positional and keyword arguments of `forward`."""
     if isinstance(example_inputs, Mapping):
@@ -166,6 +187,7 @@ def make_report(
     example_inputs: Any = None,
     errors: Mapping[str, float] | None = None,
     skipped: Sequence[Skip] = (),
+    files: bool = False,
 ) -> CompressionReport:
     """Reports a compressed model; what stood there before is read from its specs, or from `original`.
 
@@ -175,12 +197,13 @@ def make_report(
         example_inputs: what `forward` takes, for MACs.
         errors: relative weight errors by layer name, where they are known.
         skipped: layers left alone.
+        files: whether to tell the bytes of the files, too; it rounds the weights of layers that are to be integers.
     """
     before = dense_form(model) if original is None else split_like(original, model)
     after = deployed_form(model)
     sparse = _sparse_layers(model)
-    macs_before = None if example_inputs is None else count_macs(before, example_inputs)
-    macs_after = None if example_inputs is None else count_macs(after, example_inputs)
+    macs_before = None if example_inputs is None else macs_per_sample(before, example_inputs)
+    macs_after = None if example_inputs is None else macs_per_sample(after, example_inputs)
     counted = macs_before is not None and macs_after is not None
 
     def macs(name: str) -> tuple[int, int] | None:
@@ -193,7 +216,7 @@ def make_report(
         old, new = before.get_submodule(name), after.get_submodule(name)
         error = (errors or {}).get(name)
         if original is not None:
-            error = weight_error(old, layer)
+            error = weight_error(old, layer, folded_factor(original, model, name))
         saved, share = sparse.get(name, (0, 0.0))
         params, size_bytes = (count_params(old), count_params(new)), (stored_bytes(old), stored_bytes(new) - saved)
         words = [_described(layer)] if isinstance(layer, CompressedLayer) else []
@@ -202,7 +225,8 @@ def make_report(
         layers.append(LayerReport(name, ", ".join(words), params, size_bytes, macs(name), error))
     total = stored_bytes(before), stored_bytes(after) - sum(saved for saved, _ in sparse.values())
     params = count_params(before), count_params(after)
-    return CompressionReport(tuple(layers), tuple(skipped), params, total, macs(""))
+    on_disk = (file_bytes(before, like=model), file_bytes(model)) if files else None
+    return CompressionReport(tuple(layers), tuple(skipped), params, total, macs(""), on_disk)
 
 
 def _resized_layers(before: nn.Module, after: nn.Module) -> dict[str, str]:
@@ -258,14 +282,45 @@ def _sparse_layers(model: nn.Module) -> dict[str, tuple[int, float]]:
     return found
 
 
-def weight_error(old: nn.Module, new: nn.Module) -> float | None:
-    """Relative Frobenius error of the weight that `new` stands for; None where the layers do not correspond."""
+def weight_error(old: nn.Module, new: nn.Module, factor: Tensor | None = None) -> float | None:
+    """Relative Frobenius error of the weight that `new` stands for; None where the layers do not correspond.
+
+    Args:
+        old: the layer before.
+        new: the layer after.
+        factor: what a norm that is folded into `new` multiplies `old` by (`folded_factor`).
+    """
     ordinary = as_torch(old)
     if ordinary is None or not (isinstance(new, CompressedLayer) or as_torch(new) is new):
         return None
     with torch.no_grad():
         before, after = weight_of(ordinary), weight_of(new)
+        before = before if factor is None or before.is_meta else before * factor.to(before)
         return relative_error(before, after) if before.shape == after.shape else None
+
+
+def folded_factor(original: nn.Module, compressed: nn.Module, name: str) -> Tensor | None:
+    """What the weight of a layer was multiplied by where the norm behind it is folded into it; else None.
+
+    Args:
+        original: the uncompressed model, which still has the norm.
+        compressed: a model made of it.
+        name: of the layer in both.
+
+    Returns:
+        `(out, 1, ...)`, or `(1, out, 1, ...)` for a transposed convolution: it multiplies the original weight, which is
+        then comparable with that of the compressed layer.
+    """
+    for place, norm in compressed_layers(compressed).items():
+        if not norm.unfolds or "into" not in norm.spec or absolute_path(place, norm.spec["into"]) != name:
+            continue
+        before: Any = original.get_submodule(place)
+        if getattr(before, "running_var", None) is None or before.running_var.is_meta:
+            return None
+        weight = weight_of(compressed.get_submodule(name))
+        dim = 1 if "Transpose" in type(as_torch(original.get_submodule(name))).__name__ else 0
+        return norm_affine(before)[0].reshape([-1 if d == dim else 1 for d in range(weight.dim())])
+    return None
 
 
 def _described(layer: CompressedLayer) -> str:

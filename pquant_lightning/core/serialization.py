@@ -87,6 +87,16 @@ def artifact_bytes(model: nn.Module, metadata: dict[str, str] | None = None) -> 
     return 8 + len(header) + max(e["data_offsets"][1] for n, e in json.loads(header).items() if n != "__metadata__")
 
 
+def file_bytes(model: nn.Module, like: nn.Module | None = None) -> int:
+    """Bytes of the file that `save_compressed` would write.
+
+    Args:
+        model: training form, deployed form, or a structure on "meta".
+        like: whose class and hyperparameters the file names; None: the model's own.
+    """
+    return artifact_bytes(model, artifact_metadata(model if like is None else like))
+
+
 def _entries(deployed: nn.Module) -> tuple[list[tuple[str, Tensor]], dict[str, str]]:
     """Stored tensors by name, and the other names of shared ones."""
     first_names: dict[int | bytes, str] = {}

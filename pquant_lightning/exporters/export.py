@@ -9,9 +9,10 @@ from torch import nn
 from pquant_lightning.backends.lowering.trace import Axes, trace
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.deploy import dense_form
-from pquant_lightning.core.errors import OptionError, known
+from pquant_lightning.core.errors import OptionError
 from pquant_lightning.core.options import check_model
 from pquant_lightning.exporters.base import Exporter, ExportError, ExportResult, appearing, size_of
+from pquant_lightning.exporters.formats import choose_format
 from pquant_lightning.exporters.jax import JaxExporter
 from pquant_lightning.exporters.onnx import OnnxExporter
 from pquant_lightning.exporters.peft import PeftExporter
@@ -36,7 +37,7 @@ def export_model(
     model: nn.Module,
     example_inputs: Any,
     path: str | Path,
-    format: str = "onnx",  # noqa: A002 (the name in the specification)
+    format: str | None = None,  # noqa: A002 (the name in the specification)
     *,
     dynamic_axes: Axes | None = None,
     verify: bool = True,
@@ -64,7 +65,8 @@ def export_model(
         model: training form or deployed form; not touched.
         example_inputs: what `forward` takes: a tensor, a tuple of positional or a dict of keyword arguments.
         path: the file, or the directory for "tensorflow", "jax" and "peft".
-        format: one of those in the table.
+        format: one of those in the table, or the name of its runtime ("litert", "onnxruntime", "saved_model"). None
+            means what the ending of the path says, and "onnx" where there is no ending.
         dynamic_axes: by the name of an input, the names of its open sizes by dimension, e.g.
             `{"input_ids": {0: "batch", 1: "tokens"}}`. None leaves the batch open.
         verify: opens the artefact in its own runtime and compares it with the model, on two batch sizes.
@@ -75,7 +77,7 @@ def export_model(
 
     Raises:
         BackendUnavailable: the format's packages are not installed.
-        OptionError: there is no such format.
+        OptionError: there is no such format, or the ending of the path is that of another one.
         ModelError: the model cannot be traced.
         UnsupportedOperationError: it has operations that the format has no counterpart for.
         ExportError: the path exists or cannot be written, the format has no type for the weights, or the artefact
@@ -90,8 +92,7 @@ def export_model(
     check_model("export_model", model)
     if not isinstance(path, str | os.PathLike):
         raise OptionError(f"export_model takes a path as text or pathlib.Path, got {path!r}.")
-    if format not in EXPORTERS:
-        raise OptionError(f"There is no format {format!r}. {known(format, EXPORTERS)}")
+    format = choose_format(path, format)  # noqa: A001
     exporter, path = EXPORTERS[format], Path(path)
     exporter.check_installed()
     if path.exists() and not overwrite:

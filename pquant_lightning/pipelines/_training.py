@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from pquant_lightning.callbacks._lightning import fitting, is_a
 from pquant_lightning.core._private import resume_path
 from pquant_lightning.core.errors import OptionError
+from pquant_lightning.core.modes import to_training
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def fine_tune(
     dirpath: Path | None,
 ) -> None:
     """Fits a module in place; with a `dirpath`, goes on from the checkpoint that an interrupted fit has left there."""
+    to_training(module, always=True)
     own = [*callbacks]
     if dirpath is not None:
         checkpoint = fitting(ModelCheckpoint, module)

@@ -28,6 +28,7 @@ from pquant_lightning.core.errors import (
     OptionError,
 )
 from pquant_lightning.core.joint_budget import Step, check_budget, share_budget
+from pquant_lightning.core.modes import to_eval
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.report import CompressionReport, make_report
 from pquant_lightning.core.serialization import ARTIFACT_NAME, artifact_metadata, write_artifact
@@ -37,6 +38,9 @@ from pquant_lightning.pipelines._training import SetLearningRate, fine_tune, wit
 from pquant_lightning.pipelines.evaluation_pipeline import EvaluationPipeline, EvaluationReport
 
 log = logging.getLogger(__name__)
+
+BUDGET_METHODS = ("low_rank", "structured_pruning", "ptq")
+"""What a budget is shared out among where no stage is given: ranks, channels and bits, none of which need training."""
 
 _SAMPLES = 300  # that a budget looks at, or more if a method wants more
 
@@ -132,7 +136,8 @@ class CompressionPipeline:
 
     Args:
         stages: in any order: methods, their names, `{name: options}`, or `PipelineStage` for methods that act together
-            and are fine-tuned. They act in the order factorize, adapt, prune, quantize.
+            and are fine-tuned. They act in the order factorize, adapt, prune, quantize. A `budget` does without them:
+            it then chooses among `BUDGET_METHODS`.
         monitor: a metric that the model's `validation_step` logs; it is measured before and after each stage.
         max_drop: what the metric may be worse than before all stages, in its own unit. A stage that costs more leaves
             out the layers with the largest errors, as few as it takes, found by bisection, or is put back.
@@ -155,7 +160,7 @@ class CompressionPipeline:
 
     def __init__(
         self,
-        stages: Sequence[Any],
+        stages: Sequence[Any] | None = None,
         *,
         monitor: str | None = None,
         max_drop: float | None = None,
@@ -164,8 +169,13 @@ class CompressionPipeline:
         metrics: Sequence[str] = (),
         batch_size: int | None = None,
     ) -> None:
+        if stages is None and budget is not None:
+            stages = BUDGET_METHODS
         if isinstance(stages, str | Mapping | CompressionMethod | PipelineStage) or not stages:
-            raise OptionError(f"CompressionPipeline takes a list of stages, got {stages!r}.")
+            raise OptionError(
+                f"CompressionPipeline takes a list of stages, got {stages!r}. Name at least one method, or give "
+                "a budget, which chooses by itself."
+            )
         self.stages = _ordered([s if isinstance(s, PipelineStage) else PipelineStage(s) for s in stages])
         self.guard = GuardSettings(monitor, max_drop, mode)
         self.budget = None if budget is None else dict(budget)
@@ -457,9 +467,9 @@ class _Run:
             raise NothingToCompressError("No stage changes a layer; the log gives the reasons.")
         example = getattr(self.original, "example_input_array", None)
         # before norms are folded into weights, which are then no longer comparable
-        report = make_report(self.model, original=self.original, example_inputs=example)
+        report = make_report(self.model, original=self.original, example_inputs=example, files=True)
         deploy(self.model)
-        self.model.eval()
+        to_eval(self.model)
         log.info("%s", report)
         evaluation = None
         if self.pipeline.evaluation is not None:

@@ -28,23 +28,10 @@ from pquant_lightning.core.calibration import (
 from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import count_params, deploy, share_copy
 from pquant_lightning.core.errors import ModelError, OptionError, known
-from pquant_lightning.core.report import count_macs
-from pquant_lightning.core.serialization import artifact_bytes, artifact_metadata
+from pquant_lightning.core.report import macs_per_sample
+from pquant_lightning.core.serialization import file_bytes
+from pquant_lightning.pipelines.metrics import METRICS as METRICS
 from pquant_lightning.utils.benchmarking import Estimate, benchmark_models
-
-METRICS = {
-    "accuracy": "share",
-    "compression_ratio": "x",
-    "size": "bytes",
-    "params": "parameters",
-    "macs": "MACs",
-    "latency": "ms",
-    "throughput": "samples/s",
-    "peak_memory": "bytes",
-    "output_error": "share",
-    "output_cosine": "",
-}
-"""The metrics that need no code of the user's, with their units; see `EvaluationPipeline`."""
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 """Where the target of a batch that is a dict is looked for, in this order."""
@@ -151,7 +138,7 @@ class EvaluationPipeline:
               `cross_entropy`); targets of -100 do not count
             * `compression_ratio`: parameters before / parameters after; `params`: the parameters themselves
             * `size`: bytes of the file that `save_compressed` writes
-            * `macs`: multiply-accumulates of one forward pass of the first batch
+            * `macs`: multiply-accumulates per sample, counted on the first batch
             * `latency`, `throughput`, `peak_memory`: of the first batch (see `benchmark_models`), in turns
             * `output_error`: ||y - y'|| / ||y|| over all samples; `output_cosine`: mean over samples of the cosine
             * what the model's own `validation_step` logs, such as `val_acc`.
@@ -167,7 +154,10 @@ class EvaluationPipeline:
     """
 
     def __init__(
-        self, metrics: Sequence[str | Metric] = ("accuracy", "compression_ratio", "latency"), *, seconds: float = 5.0
+        self,
+        metrics: Sequence[str | Metric] = ("accuracy", "compression_ratio", "size", "latency"),
+        *,
+        seconds: float = 5.0,
     ) -> None:
         if isinstance(metrics, str | Metric) or not metrics:
             raise OptionError(f"metrics is a list of at least one name, got {metrics!r}. Known: {', '.join(METRICS)}.")
@@ -262,7 +252,7 @@ def _sizes(models: tuple[nn.Module, nn.Module], names: Iterable[str]) -> dict[st
     params: list[float] = [count_params(model) for model in models]
     rows: dict[str, list[float]] = {"params": params, "compression_ratio": [1.0, params[0] / max(params[1], 1)]}
     if "size" in names:
-        rows["size"] = [artifact_bytes(model, artifact_metadata(model)) for model in models]
+        rows["size"] = [file_bytes(model) for model in models]
     return {name: Comparison(name, METRICS[name], before, after) for name, (before, after) in rows.items()}
 
 
@@ -272,7 +262,7 @@ def _work(models: tuple[nn.Module, nn.Module], batch: Any, names: list[str], sec
     inputs = kwargs or args
     found = {}
     if "macs" in names:
-        before, after = (None if c is None else c[""] for c in (count_macs(model, inputs) for model in models))
+        before, after = (None if c is None else c[""] for c in (macs_per_sample(model, inputs) for model in models))
         found["macs"] = Comparison("macs", METRICS["macs"], before, after)
     if set(names) & set(_FROM_BENCHMARK):
         benchmark = benchmark_models(dict(zip(("before", "after"), models, strict=True)), inputs, max_seconds=seconds)

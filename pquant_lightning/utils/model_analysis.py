@@ -19,7 +19,7 @@ from pquant_lightning.core.errors import ModelError, OptionError
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import Candidate
 from pquant_lightning.core.registry import CompressionMethodRegistry
-from pquant_lightning.core.report import count_macs
+from pquant_lightning.core.report import macs_per_sample
 from pquant_lightning.core.splitting import split_view
 
 ENERGIES = (0.9, 0.95, 0.99)
@@ -110,7 +110,7 @@ class LayerAnalysis:
         shape: of the weight.
         params: parameters, the bias counted.
         size_bytes: stored bytes, the deployed form.
-        macs: multiply-accumulates of one forward pass of the example; None where there was none.
+        macs: multiply-accumulates per sample of the example; None where there was none.
         weight: range of the weight.
         inputs: range of what the layer receives; None without samples, or where it receives no floats.
         spectrum: None where it was left out.
@@ -166,7 +166,7 @@ class ModelAnalysis:
         layers: in the order of the model.
         params: parameters of the whole model.
         size_bytes: stored bytes of the whole model, deployed form.
-        macs: multiply-accumulates of one forward pass of the example; None where there was none.
+        macs: multiply-accumulates per sample of the example; None where there was none.
         share: of a layer's bytes that `suggestions` and the table keep.
     """
 
@@ -210,7 +210,7 @@ class ModelAnalysis:
         table = Table(title=title, title_justify="left")
         for heading in ("Layer", "Type", "Weight"):
             table.add_column(heading, overflow="fold")
-        for heading in ("Parameters", "Bytes", "MACs", "Rank: effective, 95 %", "Weights", "Inputs"):
+        for heading in ("Parameters", "Bytes", "MACs per sample", "Rank: effective, 95 %", "Weights", "Inputs"):
             table.add_column(heading, justify="right")
         for method in self.methods:
             table.add_column(method, justify="right")
@@ -284,7 +284,7 @@ def analyze_model(
     >>> net = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> found = analyze_model(net, torch.ones(2, 32), methods="all")
     >>> [(layer.name, layer.params, layer.macs) for layer in found.layers]
-    [('0', 528, 1024), ('2', 68, 128)]
+    [('0', 528, 512), ('2', 68, 64)]
     """
     if not 0 < share < 1:
         raise OptionError(f"share is the share of a layer's bytes that is kept, in (0, 1), got {share}.")
@@ -301,7 +301,7 @@ def analyze_model(
             args, kwargs = bind_batch(view, samples.batches[0])
             example_inputs = kwargs or args
     deployed = deployed_form(view)
-    macs = None if example_inputs is None else count_macs(deployed, example_inputs)
+    macs = None if example_inputs is None else macs_per_sample(deployed, example_inputs)
     items: Iterable[Any] = layers.items() if track is None else track(list(layers.items()), "analysing")
     found = []
     for name, layer in items:

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pquant_lightning.core.errors import CheckpointError
+from pquant_lightning.core.errors import CheckpointError, OptionError
 from pquant_lightning.core.plan import Skip
-from pquant_lightning.core.report import CompressionReport, LayerReport
+from pquant_lightning.core.report import HEADINGS, CompressionReport, LayerReport
 from pquant_lightning.core.serialization import atomic_file
 
 NAME = "compression_report"
 _VERSION = 1
+_HEADINGS = tuple(heading if heading.startswith("MAC") else heading.lower() for heading in HEADINGS)
 Pair = tuple[float, float]
 
 
@@ -68,10 +69,11 @@ class ReportPage:
 
         >>> report = CompressionReport((), (), (100, 50), (400, 100), None)
         >>> ReportPage("Net", report, [Metric("latency", 4.0, 2.0, "ms")]).summary
-        'Net is 4.0 times smaller (400 → 100 bytes) and 2.0 times faster.'
+        'Net is 4.0 times smaller (400 → 100 bytes of tensors) and 2.0 times faster.'
         """
-        before, after = self.report.size_bytes
-        parts = [f"{self.title} is {before / max(after, 1):.1f} times smaller ({before:,} → {after:,} bytes)"]
+        before, after = self.report.file_bytes or self.report.size_bytes
+        of = "" if self.report.file_bytes is not None else " of tensors"
+        parts = [f"{self.title} is {_times(before, after)} ({before:,} → {after:,} bytes{of})"]
         latency = next((m for m in self.metrics if m.name == "latency" and m.before), None)
         if latency is not None and latency.before is not None:
             ratio = latency.before / latency.after
@@ -117,12 +119,11 @@ class ReportPage:
             rows = [(m.name, _number(m.before), _number(m.after), m.unit) for m in self.metrics]
             lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
             lines.append("")
-        lines += ["| layer | method | parameters | bytes | error |", "|---|---|---:|---:|---:|"]
-        for layer in self.report.layers:
-            cells = (layer.name, layer.method, _change(layer.params), _change(layer.size_bytes), _share(layer.error))
-            lines.append(f"| {' | '.join(map(_cell, cells))} |")
-        totals = (_change(self.report.params), _change(self.report.size_bytes))
-        lines.append(f"| **whole model** | {self.report.size_ratio:.1%} of the bytes | {totals[0]} | {totals[1]} | |")
+        headings = ("layer", "method", *_HEADINGS)
+        lines += [f"| {' | '.join(headings)} |", "|---|---|---:|---:|---:|---:|"]
+        for row in _rows(self.report):
+            first = f"**{row[0]}**" if row[0] == "whole model" else _cell(row[0])
+            lines.append(f"| {' | '.join([first, *map(_cell, row[1:])])} |")
         if self.report.skipped:
             lines += ["", "Left alone:", ""]
             lines += [f"- `{_cell(s.name)}`: {_cell(s.reason)} ({_cell(s.by)})" for s in self.report.skipped]
@@ -144,13 +145,23 @@ class ReportPage:
             title=title, style=_STYLE, summary=html.escape(self.summary), note=note, sections="\n".join(sections)
         )
 
+    def write_file(self, path: Path) -> Path:
+        """Writes one form of the page, the one that the ending says: `.html`, `.md` or `.json`.
+
+        Raises:
+            OptionError: another ending.
+        """
+        forms = {".html": self.to_html, ".md": self.to_markdown, ".json": self.to_json}
+        if path.suffix.lower() not in forms:
+            raise OptionError(f"A page is a file that ends in {', '.join(forms)}, got {path.name!r}.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            file.write(forms[path.suffix.lower()]().encode())
+        return path
+
     def write(self, folder: Path) -> Path:
-        """Writes `compression_report.html`, `.md` and `.json`; returns the path of the HTML."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for suffix, text in ((".json", self.to_json()), (".md", self.to_markdown()), (".html", self.to_html())):
-            with atomic_file(folder / f"{NAME}{suffix}") as file:
-                file.write(text.encode())
-        return folder / f"{NAME}.html"
+        """Writes `compression_report.html`, `.md` and `.json` into a directory; returns the path of the HTML."""
+        return [self.write_file(folder / f"{NAME}{ending}") for ending in (".json", ".md", ".html")][-1]
 
 
 def _report_from(data: dict[str, Any]) -> CompressionReport:
@@ -169,7 +180,8 @@ def _report_from(data: dict[str, Any]) -> CompressionReport:
         for entry in data["layers"]
     )
     skipped = tuple(Skip(**entry) for entry in data["skipped"])
-    return CompressionReport(layers, skipped, pair(data["params"]), pair(data["size_bytes"]), pair(data["macs"]))
+    totals = [pair(data.get(key)) for key in ("params", "size_bytes", "macs", "file_bytes")]
+    return CompressionReport(layers, skipped, *totals)
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
@@ -218,13 +230,26 @@ def _metrics_table(metrics: Sequence[Metric]) -> str:
 
 
 def _layers_table(report: CompressionReport) -> str:
+    return _table(("layer", "method", *_HEADINGS), _rows(report), 4)
+
+
+def _rows(report: CompressionReport) -> list[Sequence[str]]:
+    """A row for each layer, one for the whole model, and one for its file where that is known."""
     rows: list[Sequence[str]] = [
         (layer.name, layer.method, *map(_change, (layer.params, layer.size_bytes, layer.macs)), _share(layer.error))
         for layer in report.layers
     ]
     total = ("whole model", f"{report.size_ratio:.1%} of the bytes")
     rows.append((*total, *map(_change, (report.params, report.size_bytes, report.macs)), ""))
-    return _table(("layer", "method", "parameters", "bytes", "MACs", "error"), rows, 4)
+    if report.file_bytes is not None:
+        before, after = report.file_bytes
+        rows.append(("file", f"{after / max(before, 1):.1%} of the bytes", "", _change(report.file_bytes), "", ""))
+    return rows
+
+
+def _times(before: float, after: float) -> str:
+    ratio = before / max(after, 1)
+    return f"{ratio:.1f} times smaller" if ratio >= 1 else f"{1 / ratio:.1f} times larger"
 
 
 def _skips(skipped: Sequence[Skip]) -> str:

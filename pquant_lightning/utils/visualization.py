@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.core.compressed_layer import weight_of
 from pquant_lightning.core.errors import OptionError, PQuantError
-from pquant_lightning.core.report import CompressionReport
+from pquant_lightning.core.report import CompressionReport, folded_factor
 from pquant_lightning.utils.model_analysis import ModelAnalysis
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def plot_spectra(analysis: ModelAnalysis, layers: Sequence[str] | None = None) -
 def plot_weight_histograms(original: nn.Module, compressed: nn.Module, layers: Sequence[str]) -> "Figure":
     """Weights of layers before and after, one panel per layer; a compressed layer by the weight that it stands for.
 
+    Where a batch norm is folded into the compressed layer, it is into the weight before, too.
+
     Args:
         original: the uncompressed model.
         compressed: training form or deployed form.
@@ -118,6 +120,8 @@ def plot_weight_histograms(original: nn.Module, compressed: nn.Module, layers: S
     figure, axes = _figure(0.6 + 1.7 * len(layers), len(layers))
     for axis, name in zip(axes, layers, strict=True):
         pair = [weight_of(model.get_submodule(name)).detach().float().cpu() for model in (original, compressed)]
+        if (factor := folded_factor(original, compressed, name)) is not None:
+            pair[0] = pair[0] * factor.float().cpu()
         low, high = (float(f(*(getattr(w, e)() for w in pair))) for f, e in ((min, "min"), (max, "max")))
         high = high if high > low else low + 1e-6
         edges = torch.linspace(low, high, 61)

@@ -136,7 +136,7 @@ def test_sizes_are_those_of_the_file_that_is_written(tmp_path):
     before, after = 2 * (64 * 64 + 64), 2 * (64 * 8 + 8 * 64 + 64)
     assert (report.before["params"], report.after["params"]) == (before, after)
     assert report.after["compression_ratio"] == before / after
-    assert (report.before["macs"], report.after["macs"]) == (3 * 2 * 64 * 64, 3 * 2 * 2 * 64 * 8)
+    assert (report.before["macs"], report.after["macs"]) == (2 * 64 * 64, 2 * 2 * 64 * 8)  # of one of three samples
     assert report.batch_size == 3
 
 

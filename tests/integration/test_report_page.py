@@ -17,6 +17,7 @@ from pquant_lightning import (
     PTQCallback,
     QATCallback,
     StructuredPruningCallback,
+    save_compressed,
 )
 from pquant_lightning.core.errors import CallbackOrderError, CheckpointError
 from pquant_lightning.core.plan import Skip
@@ -43,8 +44,11 @@ def page() -> ReportPage:
 
 
 def test_the_summary_in_a_sentence() -> None:
-    expected = "Net is 8.0 times smaller (8,000 → 1,000 bytes) and 2.0 times faster; val_acc 0.97 → 0.96."
+    expected = "Net is 8.0 times smaller (8,000 → 1,000 bytes of tensors) and 2.0 times faster; val_acc 0.97 → 0.96."
     assert page().summary == expected
+    on_disk = replace(page(), report=replace(page().report, file_bytes=(9000, 1500)))
+    assert on_disk.summary.startswith("Net is 6.0 times smaller (9,000 → 1,500 bytes) and")
+    assert "| file | 16.7% of the bytes |  | 9,000 → 1,500 |  |  |" in on_disk.to_markdown().splitlines()
 
 
 def test_json_gives_an_equal_page() -> None:
@@ -60,7 +64,8 @@ def test_json_gives_an_equal_page() -> None:
 def test_markdown_has_one_row_per_layer_and_no_foreign_cells() -> None:
     lines = page().to_markdown().splitlines()
     (row,) = [line for line in lines if "low rank 4" in line]
-    assert row == r"| net.&lt;b&gt;0&lt;/b&gt;\|x | low rank 4 | 1,000 → 250 | 4,000 → 1,000 | 12.50% |"
+    assert row == r"| net.&lt;b&gt;0&lt;/b&gt;\|x | low rank 4 | 1,000 → 250 | 4,000 → 1,000 | 900 → 225 | 12.50% |"
+    assert "| layer | method | parameters | bytes | MACs per sample | weight error |" in lines
     assert "- `head`: too small &amp; thin (low_rank)" in lines
     assert "| latency | 3 | 1.5 | ms |" in lines
 
@@ -87,7 +92,11 @@ def test_a_fit_writes_the_page_beside_the_artefact(tmp_path: Path) -> None:
     report, trainer = run(tmp_path, [LowRankCallback(rank=4), PTQCallback()])
     assert report.path == tmp_path / "compression_report.html"
     read = ReportPage.from_json((tmp_path / "compression_report.json").read_text())
-    assert read.report == trainer.callbacks[2].report
+    artifact = trainer.callbacks[2].artifact
+    assert replace(read.report, file_bytes=None) == trainer.callbacks[2].report
+    files = (save_compressed(MLP(), tmp_path / "dense.safetensors"), artifact)
+    assert read.report.file_bytes == tuple(file.stat().st_size for file in files)
+    assert f"{artifact.stat().st_size:,} bytes" in read.summary
     assert read.report.size_ratio < 0.6
     names = [metric.name for metric in read.metrics]
     assert names[:4] == ["latency", "parameters", "size", "val_loss"]

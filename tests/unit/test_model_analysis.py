@@ -43,8 +43,8 @@ def test_sizes_and_work_by_hand():
     found = analyze_model(conv_net(), torch.randn(2, 1, 8, 8))
     conv, linear = found.layers
     assert (conv.name, conv.type, conv.shape) == ("0", "Conv2d", (4, 1, 3, 3))
-    assert (conv.params, conv.size_bytes, conv.macs) == (40, 160, 2 * 36 * 36)
-    assert (linear.params, linear.size_bytes, linear.macs) == (1450, 5800, 2 * 144 * 10)
+    assert (conv.params, conv.size_bytes, conv.macs) == (40, 160, 36 * 36)
+    assert (linear.params, linear.size_bytes, linear.macs) == (1450, 5800, 144 * 10)
     assert found.params == 40 + 8 + 1450
     assert found.size_bytes == (40 + 16 + 1450) * 4 + 8  # running statistics, and the count of batches
     assert found.macs == conv.macs + linear.macs
@@ -60,7 +60,7 @@ def test_ranges_of_weights_and_of_inputs():
     assert (first.inputs.minimum, first.inputs.maximum) == (-2.0, 2.0)
     assert first.inputs.std == pytest.approx(math.sqrt(10 / 4), rel=1e-2)
     assert (second.inputs.minimum, second.inputs.maximum) == (0.0, 6.0)  # rectified 1, 0, -6 and 6
-    assert first.macs == 2 * 4  # the first batch is the example
+    assert first.macs == 4  # of one sample of the first batch, which is the example
     assert first.weight.outlier_ratio == pytest.approx(3 / 1.5)
     assert net.training
 

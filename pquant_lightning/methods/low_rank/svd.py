@@ -238,8 +238,13 @@ class LowRankCompression(DataAwareMethod, TyingMethod):
         if moments is None and found.loss > 1e-3:
             context.errors[plan.name] = found.loss**0.5
 
-    def expected_error(self, layer: nn.Module, plan: LayerPlan, context: CompressionContext) -> float:
-        """What the choice of the rank has found, else at most so much, by one random projection."""
+    def expected_error(self, layer: nn.Module, plan: LayerPlan, context: CompressionContext) -> float | None:
+        """What the choice of the rank has found, else at most so much, by one random projection.
+
+        None where the factors are fitted to the layer's outputs: the choice then knows the error of those only.
+        """
+        if moments_of(plan.name, context) is not None:
+            return None
         if plan.scratch is not None:
             return float(plan.scratch.loss**0.5)
         return truncation_error_bound(weight_matrix(layer, find_low_rank_kind(plan.spec["kind"])), plan.spec["rank"])

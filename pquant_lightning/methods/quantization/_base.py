@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 ALL_BITS = (2, 3, 4, 6, 8, 16)  # that a budget chooses from
 _CHANNELS = 64  # on which an error is estimated
+_BY_DATA = ("gptq", "adaround", "awq")  # roundings whose errors are known when they are made
 _PER_LAYER = ("bits", "weight_bits", "act_bits")
 
 
@@ -200,8 +201,10 @@ class QuantizationMethod(LayerMethod):
         least = self.first_last_bits if is_end and self.first_last_bits else 0
         return [bits for bits in ALL_BITS if bits >= least]
 
-    def expected_error(self, layer: nn.Module, plan: LayerPlan, context: CompressionContext) -> float:
-        """That of rounding to nearest, on a few output channels."""
+    def expected_error(self, layer: nn.Module, plan: LayerPlan, context: CompressionContext) -> float | None:
+        """That of rounding to nearest, on a few output channels; None where data decide how weights are rounded."""
+        if plan.spec.get("rounding") in _BY_DATA:
+            return None
         return _error(layer, plan.spec, _CHANNELS)
 
     # -- applying ----------------------------------------------------------------------------------------------------

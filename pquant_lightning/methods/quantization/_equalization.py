@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pquant_lightning.core.graph import norm_affine
 from pquant_lightning.core.layer_adapter import NORMS
-from pquant_lightning.methods.quantization._folding import affine_of
 from pquant_lightning.methods.quantization._scaling import Link, output_ranges, reader_ranges, rescale
 
 _ROUNDS = 20  # over all links; what one link balances, its neighbour disturbs
@@ -48,5 +48,5 @@ def _written(model: nn.Module, link: Link) -> Tensor | None:
     """Range of the writer's weights per channel, its norm folded in; None for a norm without a layer to fold into."""
     writer: Any = model.get_submodule(link.writer)
     if link.layer is not None and type(writer) in NORMS:
-        return output_ranges(model.get_submodule(link.layer)) * affine_of(writer)[0].abs()
+        return output_ranges(model.get_submodule(link.layer)) * norm_affine(writer)[0].abs()
     return output_ranges(writer) if hasattr(writer, "kernel_size") or isinstance(writer, nn.Linear) else None

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers
+from pquant_lightning.core.graph import norm_affine
 from pquant_lightning.core.layer_adapter import layer_spec
-from pquant_lightning.core.structure import absolute_path
+from pquant_lightning.core.structure import absolute_path, relative_path
 from pquant_lightning.core.surgery import get_layer, replace_layer
 from pquant_lightning.methods.quantization._layers import QuantLayer, convolves_in_integers
 
@@ -54,25 +55,12 @@ def fold_norms(model: nn.Module) -> None:
         if found is None or isinstance(found[1], FoldedNorm):
             continue
         path, norm = found
-        layer.folded = affine_of(norm)
+        layer.folded = norm_affine(norm)
         if not hasattr(layer, "output_range") and convolves_in_integers(layer.spec):
             layer.register_buffer("output_range", spread_of(norm))
         spec = {"kind": FoldedNorm.kind, "by": layer.spec["by"], "layer": layer_spec(norm)}
+        spec["into"] = relative_path(path, name)
         replace_layer(model, path, CompressedLayer.build(spec, norm))
-
-
-def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
-    """Factor and shift, float32 `(channels,)`, that a batch norm applies in eval mode.
-
-    References:
-        Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-        2018, section 3.2, equation 14.
-    """
-    factor = (norm.running_var.float() + norm.eps).rsqrt()
-    if norm.affine:
-        factor = factor * norm.weight.detach().float()
-    shift = -norm.running_mean.float() * factor
-    return factor, shift + norm.bias.detach().float() if norm.affine else shift
 
 
 def spread_of(norm: Any) -> Tensor:
