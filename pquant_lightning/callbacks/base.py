@@ -223,7 +223,8 @@ class _MethodCallback(Callback):
         if self._scratch.compressed and self.reset_monitors and self.method.completes_at == 0:
             self._start_monitors_afresh(trainer)
         if type(self.method).project is not CompressionMethod.project:
-            hook = partial(_project, self.method, pl_module, self._state)
+            alone = len(trainer.optimizers) == 1
+            hook = partial(_project, self.method, pl_module, self._state, alone)
             self._scratch.handles = [o.register_step_post_hook(hook) for o in trainer.optimizers]
             self.method.project(pl_module, self._state)
         if self is ours[-1]:
@@ -251,7 +252,11 @@ class _MethodCallback(Callback):
                 self._start_monitors_afresh(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self.method.observe(pl_module, self._state)
+        if len(trainer.optimizers) == 1:
+            self.method.observe(pl_module, self._state)
+            return
+        with _only_gradients_of(optimizer, pl_module):
+            self.method.observe(pl_module, self._state)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         whole = trainer.strategy.restore_checkpoint_after_setup or averaged_models(trainer)
@@ -588,8 +593,29 @@ def _progress(trainer: Trainer, batch_idx: int) -> float:
     return min(done, 1.0)
 
 
-def _project(method: CompressionMethod, module: nn.Module, state: dict[str, Any], *_: Any) -> None:
-    method.project(module, state)
+def _project(
+    method: CompressionMethod, module: nn.Module, state: dict[str, Any], alone: bool, optimizer: Any, *_: Any
+) -> None:
+    """After a step: of the only optimizer, or of one of several (GANs), whose backward passes may interleave."""
+    if alone:
+        method.project(module, state)
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    method.project_held(module, state, lambda parameter: id(parameter) in held)
+
+
+@contextmanager
+def _only_gradients_of(optimizer: Any, module: nn.Module) -> Iterator[None]:
+    """Within the block other optimizers' parameters have no gradients: theirs are of another loss."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    hidden = [(p, p.grad) for p in module.parameters() if id(p) not in held and p.grad is not None]
+    for parameter, _ in hidden:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in hidden:
+            parameter.grad = gradient
 
 
 def show_signature(callback_class: type[_MethodCallback], method_class: type[CompressionMethod]) -> None:

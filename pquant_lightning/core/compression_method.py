@@ -210,6 +210,14 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
     def project(self, model: nn.Module, state: dict[str, Any]) -> None:
         """Restores what an optimizer step may have broken (exact zeros); after each real step."""
 
+    def project_held(self, model: nn.Module, state: dict[str, Any], held: Callable[[Tensor], bool]) -> None:
+        """`project` after a step of one optimizer of several, which `held` says whether it holds a parameter.
+
+        The others' parameters must not be written into: a backward pass may be under way that needs them as they are.
+        A method that does not override this has all of them projected.
+        """
+        self.project(model, state)
+
     def metrics(self, model: nn.Module, state: dict[str, Any]) -> dict[str, float]:
         """What is logged at the end of each epoch, by name."""
         return {}

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
@@ -198,11 +199,16 @@ class FactorizationCompression(LayerMethod):
         self._constrained.pop(model, None)
 
     def project(self, model: nn.Module, state: dict[str, Any]) -> None:
+        self.project_held(model, state, lambda _: True)
+
+    def project_held(self, model: nn.Module, state: dict[str, Any], held: Callable[[Tensor], bool]) -> None:
         """Nonnegative factors stay nonnegative, and the zeros of sparse parts zero."""
         if model not in self._constrained:
             self._constrained[model] = _constrained_parameters(model)
         with torch.no_grad():
             for parameter, mask in self._constrained[model]:
+                if not held(parameter):
+                    continue
                 if mask is None:
                     parameter.clamp_(min=0)
                 else:

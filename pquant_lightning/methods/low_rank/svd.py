@@ -1,10 +1,11 @@
 """Low rank by truncated singular value decomposition: one layer becomes two thin ordinary ones."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.compressed_layer import Stage
@@ -254,5 +255,8 @@ class LowRankCompression(DataAwareMethod, TyingMethod):
         return False
 
     def project(self, model: nn.Module, state: dict[str, Any]) -> None:
+        self.project_held(model, state, lambda _: True)
+
+    def project_held(self, model: nn.Module, state: dict[str, Any], held: Callable[[Tensor], bool]) -> None:
         if self.retract is not None:
-            retract_factors(model)
+            retract_factors(model, held)

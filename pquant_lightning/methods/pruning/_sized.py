@@ -1,6 +1,6 @@
 """Layers that may have fewer channels than the model's own code gives them, and the removal of channels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -186,16 +186,18 @@ def places_of(groups: Sequence[Units], removed: Removed) -> dict[tuple[str, int]
 _ZEROS: WeakKeyDictionary[nn.Module, tuple[Removed, dict[tuple[str, int], Tensor]]] = WeakKeyDictionary()
 
 
-def zero_units(model: nn.Module, removed: Removed) -> None:
-    """Makes these units zero in all parameters."""
-    held, places = _ZEROS.get(model, (None, {}))
-    if held is not removed:
+def zero_units(model: nn.Module, removed: Removed, held: Callable[[Tensor], bool] = lambda _: True) -> None:
+    """Makes these units zero in all parameters that are `held`."""
+    known, places = _ZEROS.get(model, (None, {}))
+    if known is not removed:
         found = places_of(groups_of(model), removed)
         places = {place: torch.tensor(indices) for place, indices in found.items()}
         _ZEROS[model] = (removed, places)
     with torch.no_grad():
         for (name, dim), indices in places.items():
             tensor = tensor_at(model, name)
+            if not held(tensor):
+                continue
             if isinstance(tensor, DTensor):
                 mask = torch.ones(tensor.shape, dtype=tensor.dtype, device=tensor.device).index_fill_(dim, indices, 0)
                 tensor.to_local().mul_(distribute_tensor(mask, tensor.device_mesh, tensor.placements).to_local())

@@ -334,9 +334,12 @@ class StructuredPruning(CompressionMethod):
     def observe(self, model: nn.Module, state: dict[str, Any]) -> None:
         if self.criterion != "taylor" or not state or state["level"] >= 1:
             return
-        found = [_importance.saliency(model, units.parts).cpu() for units in groups_of(model)]
+        groups = [units.parts for units in groups_of(model)]
+        found = [_importance.saliency(model, parts).cpu() for parts in groups]
         if state["scores"]:
-            found = [old.lerp(new, _SCORE_MOMENTUM) for old, new in zip(state["scores"], found, strict=True)]
+            seen = [any(tensor_at(model, name).grad is not None for name, _, _ in parts) for parts in groups]
+            pairs = zip(state["scores"], found, seen, strict=True)
+            found = [old.lerp(new, _SCORE_MOMENTUM) if fresh else old for old, new, fresh in pairs]
         state["scores"] = found
 
     def step(self, model: nn.Module, state: dict[str, Any], progress: float) -> list[Resized]:
@@ -368,6 +371,9 @@ class StructuredPruning(CompressionMethod):
         return resized
 
     def project(self, model: nn.Module, state: dict[str, Any]) -> None:
+        self.project_held(model, state, lambda _: True)
+
+    def project_held(self, model: nn.Module, state: dict[str, Any], held: Callable[[Tensor], bool]) -> None:
         found = carrier_of(model)
         if not state or found is None:
             return
@@ -375,7 +381,7 @@ class StructuredPruning(CompressionMethod):
         group = carrier.spec["group"]
         if group["removed"] != state["removed"]:
             carrier.spec = {**carrier.spec, "group": {**group, "removed": state["removed"]}}
-        zero_units(model, state["removed"])
+        zero_units(model, state["removed"], held)
 
     def metrics(self, model: nn.Module, state: dict[str, Any]) -> dict[str, float]:
         found = carrier_of(model)

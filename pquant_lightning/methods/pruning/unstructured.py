@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -366,11 +367,15 @@ class UnstructuredPruning(CompressionMethod):
             log.info("%s", self._summary(model, state))
 
     def project(self, model: nn.Module, state: dict[str, Any]) -> None:
+        self.project_held(model, state, lambda _: True)
+
+    def project_held(self, model: nn.Module, state: dict[str, Any], held: Callable[[Tensor], bool]) -> None:
         if not state:
             return
         with torch.no_grad():
             for name, mask in _masks.live(model, state).items():
-                _masks.local(model.get_parameter(name)).mul_(mask)
+                if held(weight := model.get_parameter(name)):
+                    _masks.local(weight).mul_(mask)
 
     def metrics(self, model: nn.Module, state: dict[str, Any]) -> dict[str, float]:
         if not state:
