@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pquant_lightning.core._private import MODULE_HOOKS
 from pquant_lightning.core.errors import CheckpointError, PQuantError, known
 from pquant_lightning.core.layer_adapter import ATTRIBUTES, as_torch, attribute_of, build_layer, full_name
+from pquant_lightning.core.load_checks import check_same_layer, separate_ties
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.structure import absolute_path, arrange, tensor_at
 from pquant_lightning.core.surgery import materialize, replace_layer
@@ -319,6 +320,8 @@ def rebuild(
             aliases.append(name)
             layers[name] = pending[owners[id(existing)]]
             continue
+        if outer is None:
+            check_same_layer(name, spec, existing, type(root).__name__)
         layers[name] = layer = _build_checked(name, spec, existing, specs, state_dict, prefix, resized)
         if outer is None:
             pending[name] = layer
@@ -507,6 +510,7 @@ def _load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
 
     complete(module, state_dict, prefix)
     rebuild(module, read_specs(state_dict, prefix), state_dict, prefix)
+    separate_ties(module, state_dict, prefix)
 
 
 def is_hooked(model: nn.Module) -> bool:
