@@ -8,24 +8,18 @@ from torch.func import functional_call
 
 from pquant_lightning.core.calibration import Samples, reduced, visit_inputs
 from pquant_lightning.core.layer_adapter import as_torch, build_layer, layer_spec
-from pquant_lightning.core.moments import MomentSource
+from pquant_lightning.core.moments import DAMPING, MomentSource, has_moments
+from pquant_lightning.methods.pruning._layout import layout_of
+from pquant_lightning.methods.pruning._selection import check_finite, most_dropped
 
 _MAX_BYTES = 2**30  # of the Hessians held at one time
 _BLOCK = 128  # columns pruned before the others are corrected
-_DAMPING = 0.01  # share of the Hessian's mean diagonal that is added to it
 
 
-def covers(layer: nn.Module, criterion: str) -> bool:
-    """Whether the criterion can be computed for this layer."""
+def covers(layer: nn.Module) -> bool:
+    """Whether criteria from data can be computed for this layer: it multiplies its inputs with one weight."""
     ordinary = as_torch(layer)
-    if ordinary is not layer or isinstance(layer, nn.Embedding):
-        return False
-    return criterion == "wanda" or _is_matrix(layer)
-
-
-def _is_matrix(layer: nn.Module) -> bool:
-    plain = isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1
-    return isinstance(layer, nn.Linear) or plain
+    return ordinary is not None and has_moments(ordinary)
 
 
 def squared_input_norms(model: nn.Module, names: list[str], samples: Samples) -> dict[str, Tensor]:
@@ -35,12 +29,13 @@ def squared_input_norms(model: nn.Module, names: list[str], samples: Samples) ->
     for linear layers and for convolutions with groups, strides and padding.
 
     Returns:
-        float32, broadcastable to the weight, by layer name; layers that were not reached are missing.
+        float32, broadcastable to the weight of the ordinary layer, by layer name; layers that were not reached are
+        missing.
     """
     found: dict[str, Tensor] = {}
 
     def visit(name: str, x: Tensor) -> None:
-        layer: Any = model.get_submodule(name)
+        layer: Any = as_torch(model.get_submodule(name))
         twin = build_layer(layer_spec(layer), bias=False, device="meta")  # without the hook that calls this
         weight = torch.zeros_like(layer.weight, dtype=torch.float32, requires_grad=True)
         with torch.enable_grad():
@@ -59,63 +54,93 @@ def prune_with_correction(model: nn.Module, targets: dict[str, tuple[float, Any]
 
     Args:
         model: holds the layers.
-        targets: by layer name the share of zeros, and (N, M) for a pattern or None.
+        targets: by the name of the parameter the share of zeros, and (N, M) for a pattern or None.
         samples: what the Hessians are computed on; later layers see the outputs of pruned ones where they need a pass
             of their own.
 
     Returns:
-        The layers that were not reached, and are left as they are.
+        The names of the parameters that were not reached, and are left as they are.
     """
-    source, missed = MomentSource(model, list(targets), samples, _MAX_BYTES), []
+    owners = {name: name.rpartition(".")[0] for name in targets}
+    source, missed = MomentSource(model, list(owners.values()), samples, _MAX_BYTES), []
     for name, (sparsity, pattern) in targets.items():
-        moments = source.get(name)
+        moments = source.get(owners[name])
         if moments is None:
             missed.append(name)
             continue
-        weight: Any = model.get_submodule(name).weight
-        rows = sparse_gpt(weight.detach().flatten(1), moments.second[0], sparsity, pattern)
+        weight = model.get_parameter(name)
+        layout = layout_of(model.get_submodule(owners[name]), weight)
+        assert layout is not None, name
+        hessian = layout.of_moment(moments.second, weight.shape)
+        matrices = sparse_gpt(layout.to_matrices(weight.detach()), hessian, sparsity, pattern)
+        check_finite(name, "sparsegpt", matrices)
         with torch.no_grad():
-            weight.copy_(rows.reshape(weight.shape))
+            weight.copy_(layout.from_matrices(matrices, weight.shape))
     return missed
 
 
 def sparse_gpt(weight: Tensor, hessian: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> Tensor:
-    """Prunes a matrix and corrects the weights that stay, so that W X changes little (Frantar & Alistarh 2023, alg. 1).
+    """Prunes matrices and corrects the weights that stay, so that W X changes little (Frantar & Alistarh 2023, alg. 1).
+
+    We differ: inputs that are always zero are no special case. Damping leaves their weights among the first to go, and
+    those that the sparsity does not ask for stay.
 
     Args:
-        weight: `(outputs, inputs)`.
-        hessian: X X^T, `(inputs, inputs)`, at any scale.
+        weight: `(groups, rows, columns)`.
+        hessian: X X^T, `(groups, columns, columns)`, in any unit.
         sparsity: share of zeros in each block of 128 columns.
-        pattern: N weights of any M successive ones stay; None = free.
+        pattern: N weights of any M successive ones in a row stay; None = free.
 
     Returns:
         The new weight, with exact zeros.
     """
-    w, h = weight.float().clone(), hessian.clone()
-    dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1
-    w[:, dead] = 0
-    h.diagonal().add_(_DAMPING * h.diagonal().mean())
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    w = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    inverse = _inverse_factor(hessian).to(w)
+    most, columns = most_dropped(sparsity, w.numel()), w.shape[2]
     kept = torch.ones_like(w, dtype=torch.bool)
-    for first in range(0, w.shape[1], _BLOCK):
-        last = min(first + _BLOCK, w.shape[1])
-        errors = torch.zeros_like(w[:, first:last])
+    for first in range(0, columns, _BLOCK):
+        last = min(first + _BLOCK, columns)
+        errors = torch.zeros_like(w[:, :, first:last])
         if pattern is None:
-            saliency = (w[:, first:last] / inverse.diagonal()[first:last]).square()
-            drop = round(sparsity * last * w.shape[0]) - round(sparsity * first * w.shape[0])
+            saliency = (w[:, :, first:last] / _diagonal(inverse, first, last)).square()
+            drop = round(most * last / columns) - round(most * first / columns)
             smallest = saliency.flatten().topk(drop, largest=False).indices
-            kept[:, first:last] = (
-                torch.ones_like(saliency, dtype=torch.bool).flatten().index_fill(0, smallest, False).view_as(saliency)
-            )
+            block = torch.ones_like(saliency, dtype=torch.bool).flatten().index_fill_(0, smallest, False)
+            kept[:, :, first:last] = block.view_as(saliency)
         for column in range(first, last):
             if pattern is not None and column % pattern[1] == 0:
-                ahead = slice(column, column + pattern[1])
-                saliency = (w[:, ahead] / inverse.diagonal()[ahead]).square()
-                smallest = saliency.topk(pattern[1] - pattern[0], dim=1, largest=False).indices
-                kept[:, ahead] = kept[:, ahead].scatter(1, smallest, False)
-            error = w[:, column].masked_fill(kept[:, column], 0) / inverse[column, column]
-            w[:, column:last] -= error[:, None] * inverse[column, column:last]
-            errors[:, column - first] = error
-        w[:, last:] -= errors @ inverse[first:last, last:]
+                end = column + pattern[1]
+                saliency = (w[:, :, column:end] / _diagonal(inverse, column, end)).square()
+                smallest = saliency.topk(pattern[1] - pattern[0], dim=2, largest=False).indices
+                kept[:, :, column:end] = kept[:, :, column:end].scatter(2, smallest, False)
+            error = w[:, :, column].masked_fill(kept[:, :, column], 0) / inverse[:, column, column, None]
+            w[:, :, column:last] -= error[:, :, None] * inverse[:, None, column, column:last]
+            errors[:, :, column - first] = error
+        w[:, :, last:] -= errors @ inverse[:, first:last, last:]
     return (w * kept).to(weight.dtype)
+
+
+def _diagonal(matrices: Tensor, first: int, last: int) -> Tensor:
+    """`(groups, 1, last - first)`."""
+    return matrices.diagonal(dim1=1, dim2=2)[:, None, first:last]
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper Cholesky factor of the damped Hessian's inverse, `(groups, n, n)`; ten times the damping where it fails.
+
+    The Hessian is taken relative to the mean diagonal of all groups, so that its unit does not count and weights of
+    different groups compare. A group is damped by its own mean; one whose inputs are always zero becomes a multiple
+    of the identity.
+    """
+    level = hessian.diagonal(dim1=1, dim2=2).mean()
+    h = hessian / level if level > 0 else torch.zeros_like(hessian)
+    own = h.diagonal(dim1=1, dim2=2).mean(1)
+    damping = DAMPING * own.where(own > 0, 1.0)
+    while True:
+        damped = h + torch.diag_embed(damping[:, None].expand(h.shape[:2]))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.any():
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed.any():
+            return upper
+        damping = torch.where(failed > 0, 10 * damping, damping)

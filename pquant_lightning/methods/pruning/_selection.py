@@ -5,8 +5,31 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pquant_lightning.core.errors import ModelError
+
 _CHUNK = 1 << 17  # values per pass over memory: what the cache holds
 _SAMPLES = 1 << 18  # values that a bracket around the threshold is read from
+LEAST_DENSITY = 0.1
+"""A layer keeps at least this share of the average density, so that none is emptied."""
+
+
+def most_dropped(share: float, count: int) -> int:
+    """How many of `count` values go where that share is asked for: at least one stays."""
+    return min(round(share * count), int((1 - LEAST_DENSITY * (1 - share)) * count))
+
+
+def check_finite(name: str, criterion: str, scores: Tensor) -> None:
+    """Refuses scores that cannot be ranked.
+
+    Raises:
+        ModelError: one is NaN or infinite.
+    """
+    if scores.numel() and not torch.stack(torch.aminmax(scores)).isfinite().all():
+        raise ModelError(
+            f"The scores of {name!r} by criterion={criterion!r} hold NaN or infinite values, so that nothing can be "
+            "ranked: its weights, or the data that they were scored on, do. Look at the data and at the learning rate, "
+            "start from finite weights, or leave the layer out with exclude."
+        )
 
 
 def keep_largest(scores: Sequence[Tensor], drop: int, absolute: bool = False) -> list[Tensor]:

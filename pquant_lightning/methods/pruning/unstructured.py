@@ -1,5 +1,6 @@
 """Unstructured pruning: the least important weights are zero from some point of the training on, and stay zero."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable
@@ -28,7 +29,14 @@ from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.schedule import scheduled
 from pquant_lightning.core.structure import whole
 from pquant_lightning.methods.pruning import _masks, _second_order
-from pquant_lightning.methods.pruning._selection import keep_largest, keep_largest_in_rows
+from pquant_lightning.methods.pruning._layout import Layout, layout_of
+from pquant_lightning.methods.pruning._selection import (
+    LEAST_DENSITY,
+    check_finite,
+    keep_largest,
+    keep_largest_in_rows,
+    most_dropped,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +46,6 @@ _PER_LAYER = ("sparsity", "pattern")
 _DEFAULT = {"sparsity": 0.5}
 _SCORE_MOMENTUM = 0.05  # gradient scores are averages over about twenty steps
 _UPDATES = 100  # in a training, where no interval is given
-_LEAST_DENSITY = 0.1  # a layer keeps at least this share of the average density, so that none is emptied
 
 
 @CompressionMethodRegistry.register("unstructured_pruning")
@@ -56,11 +63,14 @@ class UnstructuredPruning(CompressionMethod):
         sparsity: share of the prunable weights that is zero in the end, absolute: 0.9 after ten epochs is 0.9. Default
             0.5 where no pattern is given.
         pattern: "N:M", N of any M successive weights along a layer's inputs stay, e.g. "2:4"; it fixes the sparsity.
+            Along the inputs means: of one output, at one place of a convolution's kernel, within its group; of an
+            embedding, within each vector.
         criterion: what makes a weight important: "magnitude" |w|; "random"; "snip" |g w| and "taylor" (g w)^2, averaged
             over the last steps; "movement" -sum of g w over all steps; from data "wanda" |w| ||x|| within each output,
             and "sparsegpt", which also corrects the weights that stay and prunes once, at the start of fit.
         scope: "global" ranks all weights together, "layer" within each layer. Default: global; layer for wanda (within
-            each output) and sparsegpt. No layer is left with less than a tenth of the average density.
+            each output, which keeps at least one weight) and sparsegpt. No layer is left with less than a tenth of the
+            average density, and none is emptied.
         block_size: (outputs, inputs) of the blocks that are kept or dropped whole, by their mean score; None = single
             weights.
         schedule: how the sparsity rises between `start` and `end`: "constant" (at once at `start`), "linear", "cubic",
@@ -81,6 +91,7 @@ class UnstructuredPruning(CompressionMethod):
 
     Raises:
         OptionError: an option out of range, or two that contradict each other.
+        ModelError: when masks are chosen, weights or scores are NaN or infinite.
 
     References:
         Zhu and Gupta, "To prune, or not to prune", 2017 (schedule). Lee et al., "SNIP", 2019. Molchanov et al.,
@@ -238,7 +249,7 @@ class UnstructuredPruning(CompressionMethod):
         return None
 
     def _why_unfit(self, module: nn.Module, weights: dict[str, nn.Parameter], spec: dict[str, Any]) -> str | None:
-        if self.criterion in _DATA and not _second_order.covers(module, self.criterion):
+        if self.criterion in _DATA and not _second_order.covers(module):
             return f"{self.criterion} does not cover {type(module).__name__}"
         for weight in weights.values():
             sparsity = _target(spec, 1.0)
@@ -247,16 +258,16 @@ class UnstructuredPruning(CompressionMethod):
                 return "sparsity 0 leaves it as it is"
             if self.min_saving > 0 and saving < self.min_saving:
                 return f"a file with {sparsity:.0%} zeros would save {max(saving, 0.0):.0%}"
-            rows, ordinary = weight_rows(weight), as_torch(module)
-            turned = ordinary not in (None, module) and not torch.equal(weight_of(ordinary), weight)  # or square
-            if spec["pattern"] is not None and turned:
-                return "its weight lies the other way round, and a pattern runs along the inputs"
-            if spec["pattern"] is not None and rows.shape[1] % _pattern(spec["pattern"])[1]:
-                return f"its {rows.shape[1]} inputs are no multiple of the pattern {spec['pattern']}"
-            if spec["block_size"] is not None and any(
-                n % b for n, b in zip((weight.shape[0], weight.shape[1:].numel()), spec["block_size"], strict=True)
-            ):
-                return f"its shape {tuple(weight.shape)} is no multiple of the blocks {spec['block_size']}"
+            layout = layout_of(module, weight)
+            if layout is None and (spec["pattern"] or spec["block_size"] or self.criterion in _DATA):
+                return "its adapter holds its weight in another order, and nothing tells which are its inputs"
+            inputs = 0 if layout is None else layout.to_product(weight).shape[3]
+            if spec["pattern"] is not None and inputs % _pattern(spec["pattern"])[1]:
+                return f"its {inputs} inputs are no multiple of the pattern {spec['pattern']}"
+            if layout is not None and spec["block_size"] is not None:
+                rows = layout.to_rows(weight)
+                if any(n % b for n, b in zip(rows.shape, spec["block_size"], strict=True)):
+                    return f"its shape {tuple(weight.shape)} is no multiple of the blocks {spec['block_size']}"
             if int(sparsity * weight.numel()) >= weight.numel():
                 return "would be emptied"
         return None
@@ -288,15 +299,17 @@ class UnstructuredPruning(CompressionMethod):
         if self.criterion == "wanda":
             norms = _second_order.squared_input_norms(model, list(layers), context.samples)
             state["norms"] = {layers[name]: norm for name, norm in norms.items()}
-            missed = [name for name in layers if name not in norms]
+            missed = [parameter for name, parameter in layers.items() if name not in norms]
         else:
-            drops = {name: state["targets"][parameter] for name, parameter in layers.items()}
-            targets = {name: (_target(s, 1.0), s["pattern"] and _pattern(s["pattern"])) for name, s in drops.items()}
-            missed = _second_order.prune_with_correction(model, targets, context.samples)
+            drops = {
+                name: (_target(spec, 1.0), spec["pattern"] and _pattern(spec["pattern"]))
+                for name, spec in state["targets"].items()
+            }
+            missed = _second_order.prune_with_correction(model, drops, context.samples)
             state.update(level=1.0, masks=None)
         for name in missed:
-            log.warning("Calibration never reached layer %r: it is left dense.", name)
-            del state["targets"][layers[name]]
+            log.warning("Calibration never reached layer %r: it is left dense.", name.rpartition(".")[0])
+            del state["targets"][name]
 
     def applied_to(self, model: nn.Module, state: dict[str, Any], by: str) -> bool:
         parameters = dict(model.named_parameters())
@@ -413,55 +426,75 @@ class UnstructuredPruning(CompressionMethod):
         weights = {name: whole(model.get_parameter(name)) for name in state["targets"]}
         old = _masks.unpacked(state["masks"] or {}, weights)
         absolute = self.criterion == "magnitude"
-        scores = {}
+        scores, layouts = {}, {name: _layout(model, name) for name in weights}
+        unseen = [name for name in weights if self.criterion in _GRADIENT and name not in state["scores"]]
         for name, weight in weights.items():
-            score = self._score(name, weight, state)
+            score = weight.abs() if name in unseen else self._score(name, weight, state, layouts[name])
+            check_finite(name, self.criterion, score)
             if not absolute and name in old:
                 score = score.masked_fill(~old[name], -torch.inf)
             scores[name] = score
         masks: dict[str, Tensor] = {}
-        everywhere = [name for name in weights if state["targets"][name]["scope"] == "global"]
+        everywhere = [name for name in weights if state["targets"][name]["scope"] == "global" and name not in unseen]
         if everywhere:
             share = _target(state["targets"][everywhere[0]], level)
             block = state["targets"][everywhere[0]]["block_size"]
-            masks.update(_keep_globally({name: scores[name] for name in everywhere}, share, block, absolute))
+            own = {name: layouts[name] for name in everywhere}
+            masks.update(_keep_globally({name: scores[name] for name in everywhere}, share, block, absolute, own))
         for name in weights.keys() - masks.keys():
-            masks[name] = self._keep_in_layer(scores[name], state["targets"][name], level, absolute)
+            masks[name] = self._keep_in_layer(scores[name], state["targets"][name], level, absolute, layouts[name])
         return {name: mask & old[name] if name in old else mask for name, mask in masks.items()}
 
-    def _score(self, name: str, weight: Tensor, state: dict[str, Any]) -> Tensor:
+    def _score(self, name: str, weight: Tensor, state: dict[str, Any], layout: Layout) -> Tensor:
         if self.criterion == "random":
-            generator = torch.Generator().manual_seed(self.seed + sum(name.encode()) * 7919)
+            digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()  # names of equal letters differ too
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             return torch.rand(weight.shape, generator=generator).to(weight.device)
         if self.criterion in _GRADIENT:
-            score = state["scores"].get(name)
-            return torch.full_like(weight, -torch.inf) if score is None else score.to(weight.device)
+            score: Tensor = state["scores"][name]
+            return score.to(weight.device)
         if self.criterion == "wanda":
-            return weight.abs().float() * state["norms"][name].to(weight.device).sqrt()
+            norms = state["norms"][name].to(weight.device).sqrt()
+            return weight.abs().float() * (norms.mT if layout.inputs_first and not layout.overlaps else norms)
         return weight
 
-    def _keep_in_layer(self, score: Tensor, spec: dict[str, Any], level: float, absolute: bool) -> Tensor:
+    def _keep_in_layer(
+        self, score: Tensor, spec: dict[str, Any], level: float, absolute: bool, layout: Layout
+    ) -> Tensor:
         if spec["pattern"] is not None:
             kept, of = _pattern(spec["pattern"])
-            rows = weight_rows(score.abs() if absolute else score)
-            mask = keep_largest_in_rows(rows.reshape(-1, of), int((of - kept) * level + 1e-6))
-            return rows_to_weight(mask.reshape(rows.shape), score.shape)
+            product = layout.to_product(score.abs() if absolute else score)
+            mask = keep_largest_in_rows(product.reshape(-1, of), int((of - kept) * level + 1e-6))
+            return layout.from_product(mask.reshape(product.shape), score.shape)
         share = _target(spec, level)
         if self.criterion == "wanda":
-            rows = score.flatten(1)
-            return keep_largest_in_rows(rows, round(share * rows.shape[1])).reshape(score.shape)
-        return _keep_globally({"": score}, share, spec["block_size"], absolute)[""]
+            rows = layout.to_rows(score)
+            mask = keep_largest_in_rows(rows, most_dropped(share, rows.shape[1]))
+            return layout.from_rows(mask, score.shape)
+        return _keep_globally({"": score}, share, spec["block_size"], absolute, {"": layout})[""]
+
+
+def _layout(model: nn.Module, name: str) -> Layout:
+    """The layout of a parameter; where none is known the order of its values counts for nothing that is asked."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return layout_of(module, module.get_parameter(attribute)) or Layout()
 
 
 def _keep_globally(
-    scores: dict[str, Tensor], share: float, block: list[int] | None, absolute: bool
+    scores: dict[str, Tensor],
+    share: float,
+    block: list[int] | None,
+    absolute: bool,
+    layouts: dict[str, Layout] | None = None,
 ) -> dict[str, Tensor]:
     """Ranks all scores together; a layer that would be left almost empty keeps its own share."""
+    layouts = layouts or dict.fromkeys(scores, Layout())
     shapes = {name: score.shape for name, score in scores.items()}
     if block is not None:
-        scores = {name: _block_means(score.abs() if absolute else score, block) for name, score in scores.items()}
-        absolute = False
-    most = 1 - _LEAST_DENSITY * (1 - share)
+        rows = {name: layouts[name].to_rows(score.abs() if absolute else score) for name, score in scores.items()}
+        scores, absolute = {name: _block_means(row, block) for name, row in rows.items()}, False
+    most = 1 - LEAST_DENSITY * (1 - share)
     left, masks = dict(scores), {}
     drop = round(share * sum(score.numel() for score in scores.values()))
     while left:
@@ -475,16 +508,14 @@ def _keep_globally(
                 masks[name] = keep_largest([score], own, absolute)[0]
             else:
                 masks[name] = found[name]
-    return masks if block is None else {name: _spread(mask, block, shapes[name]) for name, mask in masks.items()}
+    if block is None:
+        return masks
+    spread = {n: mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1) for n, mask in masks.items()}
+    return {name: layouts[name].from_rows(mask, shapes[name]) for name, mask in spread.items()}
 
 
-def _block_means(score: Tensor, block: list[int]) -> Tensor:
-    rows = score.flatten(1)
+def _block_means(rows: Tensor, block: list[int]) -> Tensor:
     return rows.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).float().mean((1, 3))
-
-
-def _spread(mask: Tensor, block: list[int], shape: torch.Size) -> Tensor:
-    return mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1).reshape(shape)
 
 
 def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -506,16 +537,6 @@ def _why_not_wrapped(weights: dict[str, nn.Parameter]) -> str | None:
         "is frozen inside the layer that adapts it, and its zeros would be filled when that is merged: prune before "
         "adapting, or after merging"
     )
-
-
-def weight_rows(weight: Tensor) -> Tensor:
-    """A weight as `(rows, inputs)`, the inputs of one output at one place of a kernel side by side."""
-    return weight.movedim(1, -1).reshape(-1, weight.shape[1])
-
-
-def rows_to_weight(rows: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `weight_rows`."""
-    return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 def _pattern(text: str) -> tuple[int, int]:
