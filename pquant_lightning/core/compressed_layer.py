@@ -97,6 +97,10 @@ class CompressedLayer(nn.Module):
         """The deployed form of this layer; a new layer, or itself where nothing changes. Inner kinds are final."""
         return self
 
+    def derivation(self) -> tuple[Any, ...]:
+        """What the `derived_tensors` follow from besides the weight; where values are not known, equal ones tell."""
+        return ()
+
     def dense_weight(self) -> Tensor:
         """The weight of the ordinary layer that this one stands for, same shape."""
         weight = self.weight

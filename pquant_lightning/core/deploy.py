@@ -1,7 +1,7 @@
 """From the training form to the deployed form and back: copies that share tensors, finalized layers, dense twins."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import numpy
@@ -27,10 +27,18 @@ Model = TypeVar("Model", bound=nn.Module)
 SPARSE_FROM = 0.9  # share of a tensor's bytes up to which a file stores only the values that are not zero
 
 
-def deploy(model: nn.Module) -> None:
-    """Gives every compressed layer its deployed form, in place: first what spans layers, then layer by layer."""
+Shared = Mapping[str, Mapping[str, str]]  # layer -> own tensor -> the other layer's tensor that it is
+
+
+def deploy(model: nn.Module, shared: Shared | None = None) -> None:
+    """Gives every compressed layer its deployed form, in place: first what spans layers, then layer by layer.
+
+    Args:
+        model: changed in place.
+        shared: see `iter_deployed`.
+    """
     finalize_across_layers(model)
-    for name, final in iter_deployed(model):
+    for name, final in iter_deployed(model, shared):
         replace_layer(model, name, final)
         if not isinstance(final, CompressedLayer):
             allow_fast_path(final)
@@ -61,10 +69,15 @@ def dense_form(model: nn.Module) -> nn.Module:
     return dense
 
 
-def deployed_form(model: nn.Module) -> nn.Module:
-    """The deployed structure on "meta": the shapes and bytes of `finalize` without its work."""
+def deployed_form(model: nn.Module, shared: Shared | None = None) -> nn.Module:
+    """The deployed structure on "meta": the shapes and bytes of `finalize` without its work.
+
+    Args:
+        model: not changed.
+        shared: what is known of the tensors that its layers share; see `iter_deployed`.
+    """
     deployed = share_copy(model, "meta")
-    deploy(deployed)
+    deploy(deployed, shared)
     return deployed
 
 
@@ -119,10 +132,16 @@ def deployed_bytes(spec: dict[str, Any], layer: nn.Module) -> int:
     return stored_bytes(_finalize_nested(new)) - new.left_out_bytes()
 
 
-def iter_deployed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def iter_deployed(model: nn.Module, shared: Shared | None = None) -> Iterator[tuple[str, nn.Module]]:
     """The outermost compressed layers and their deployed forms, one at a time; the model is not changed by this.
 
-    What derives from one shared weight (`derived_tensors`) is one tensor again, and the spec says so (`tied_to`).
+    What derives from one shared weight (`derived_tensors`) is one tensor again, and the spec says so (`tied_to`), where
+    the values are equal: two layers may round their weight differently, or fold different norms into it.
+
+    Args:
+        model: training form or deployed form.
+        shared: for a model on "meta", which tensors have turned out equal, as the specs say it. Without, those of
+            layers that derive them alike are taken as equal, as in an estimate.
     """
     layers = compressed_layers(model)
     weights = {name: weight for name, layer in layers.items() if (weight := _own_weight(layer)) is not None}
@@ -136,7 +155,8 @@ def iter_deployed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             if isinstance(final, CompressedLayer):
                 owner_name, owner = owners.setdefault(key, (name, final))
                 if owner is not final:
-                    _share_derived(final, owner_name, owner)
+                    known = None if shared is None else shared.get(name, {})
+                    _share_derived(final, owner_name, owner, known)
         yield outer, deployed
 
 
@@ -156,15 +176,23 @@ def _finalize_nested(layer: CompressedLayer) -> nn.Module:
     return in_place_of_adapted(final, layer.spec) if "adapted" in layer.spec else final
 
 
-def _share_derived(final: CompressedLayer, owner_name: str, owner: CompressedLayer) -> None:
+def _share_derived(
+    final: CompressedLayer, owner_name: str, owner: CompressedLayer, known: Mapping[str, str] | None
+) -> None:
     tied = {}
-    for tensor_name in final.derived_tensors:
-        mine, other = getattr(final, tensor_name), getattr(owner, tensor_name, None)
-        if not isinstance(mine, Tensor) or not isinstance(other, Tensor):
+    for tensor_name in set(final.derived_tensors) & set(owner.derived_tensors):
+        mine, other, path = getattr(final, tensor_name), getattr(owner, tensor_name), f"{owner_name}.{tensor_name}"
+        if not isinstance(mine, Tensor) or not isinstance(other, Tensor) or other.shape != mine.shape:
             continue
-        if other.shape == mine.shape and (mine.is_meta or torch.equal(other, mine)):
+        if not mine.is_meta:
+            equal = torch.equal(other, mine)
+        elif known is not None:
+            equal = known.get(tensor_name) == path
+        else:
+            equal = final.derivation() == owner.derivation()
+        if equal:
             setattr(final, tensor_name, other)
-            tied[tensor_name] = f"{owner_name}.{tensor_name}"
+            tied[tensor_name] = path
     if tied:
         final.spec = {**final.spec, "tied_to": tied}
 

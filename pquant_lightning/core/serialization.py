@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as distributed_load
 
-from pquant_lightning.core.compressed_layer import read_specs
+from pquant_lightning.core.compressed_layer import decode_spec, read_specs
 from pquant_lightning.core.deploy import (
     deployed_form,
     finalize_across_layers,
@@ -152,8 +152,14 @@ def _is_text(name: str, tensor: Tensor) -> bool:
 
 def _layout(model: nn.Module, metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     """The header of the file, and where each stored tensor begins in the data behind it."""
-    tensors, aliases = _entries(deployed_form(model))
-    counts = {name: count for name, tensor in _deployed_tensors(model) if (count := sparse_count(tensor)) is not None}
+    counts: dict[str, int] = {}
+    shared: dict[str, dict[str, str]] = {}  # told by the values: on "meta" two tensors of one shape look the same
+    for name, tensor in _deployed_tensors(model):
+        if (count := sparse_count(tensor)) is not None:
+            counts[name] = count
+        if name.endswith("._extra_state") and (spec := decode_spec(tensor)) is not None:
+            shared[name.removesuffix("._extra_state")] = spec.get("tied_to", {})
+    tensors, aliases = _entries(deployed_form(model, shared))
     sparse = {name: list(tensor.shape) for name, tensor in tensors if name in counts}
     stored = {"format": "pquant_lightning", "version": str(FORMAT_VERSION), "aliases": json.dumps(aliases), **metadata}
     header: dict[str, Any] = {"__metadata__": {**stored, "sparse": json.dumps(sparse)} if sparse else stored}

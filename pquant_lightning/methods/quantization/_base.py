@@ -1,7 +1,7 @@
 """What post-training quantization and quantization-aware training share: bits per layer, norms, calibration."""
 
 import logging
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,13 @@ from pquant_lightning.methods.quantization._grids import nearest_codes, weight_g
 from pquant_lightning.methods.quantization._kernels import why_no_kernel
 from pquant_lightning.methods.quantization._layers import TRAINING_KINDS, QuantLayer
 from pquant_lightning.methods.quantization._observers import Observer, choose_range
+from pquant_lightning.methods.quantization._ties import (
+    losing,
+    others,
+    shared_weights,
+    warn_of_contradictions,
+    weight_bits,
+)
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +58,8 @@ class QuantizationMethod(LayerMethod):
         weight_bits: bits of the weights where they differ from `bits`.
         act_bits: bits of the inputs where they differ from `bits`.
         overrides: bits of single layers: glob patterns over module names to `bits`, `weight_bits` or `act_bits`; the
-            last pattern that matches counts, e.g. `{"head": {"bits": 8}}`.
+            last pattern that matches counts, e.g. `{"head": {"bits": 8}}`. A weight that layers share has one number
+            of bits: patterns for any of them count.
         first_last_bits: at least so many bits in the first and the last layer, in models of three layers or more.
         observer: how a range of inputs is chosen from calibration: "histogram" and "mse" for the least squared error
             (each end by itself, or both alike), "minmax", "moving_average" of the batches' extremes, "percentile"
@@ -93,8 +101,14 @@ class QuantizationMethod(LayerMethod):
         if self.bits_of("", False) == (FLOAT, FLOAT) and not self.overrides:
             raise OptionError(f"{name} with 16 bits for weights and inputs would change nothing; use bits in 2..8.")
 
-    def bits_of(self, name: str, is_end: bool) -> tuple[int, int]:
-        """Bits of weights and inputs of the layer of that name."""
+    def bits_of(self, name: str, is_end: bool, sharing: Sequence[str] = ()) -> tuple[int, int]:
+        """Bits of weights and inputs of a layer.
+
+        Args:
+            name: of the layer.
+            is_end: whether it is the first or the last one.
+            sharing: names of the layers that have the same weight; overrides of its bits count for all of them.
+        """
         chosen = {option: getattr(self, option) for option in _PER_LAYER}
         pair = (chosen["weight_bits"] or chosen["bits"], chosen["act_bits"] or chosen["bits"])
         if is_end:
@@ -104,6 +118,8 @@ class QuantizationMethod(LayerMethod):
             if matches(name, pattern):
                 both = options.get("bits")
                 pair = (options.get("weight_bits") or both or pair[0], options.get("act_bits") or both or pair[1])
+            elif any(matches(other, pattern) for other in sharing):
+                pair = (weight_bits(options) or pair[0], pair[1])
         return pair
 
     # -- planning ----------------------------------------------------------------------------------------------------
@@ -114,6 +130,10 @@ class QuantizationMethod(LayerMethod):
         check_patterns(model, "overrides", self.overrides or {})
         context = self.prepared(model, context)
         plan = super().plan(model, context)
+        warn_of_contradictions(context.notes["tied"], self.overrides or {})
+        if self.min_saving > 0 and (left := losing(model, plan, context.notes["tied"], self.min_saving)):
+            context = replace(context, notes={**context.notes, "left": left})
+            plan = super().plan(model, context)
         layers = {entry.name: get_layer(model, entry.name) for entry in plan.layers}
         shared = self.shared_bits(model, layers, context) if layers and context.choices is None else {}
         return super().plan(model, replace(context, notes={**context.notes, **shared})) if shared else plan
@@ -121,8 +141,7 @@ class QuantizationMethod(LayerMethod):
     def prepared(self, model: nn.Module, context: CompressionContext) -> CompressionContext:
         graph = None if context.samples is None else trace(model, context.samples)
         norms = {} if graph is None else graph.foldable_norms(model)
-        uses = Counter(id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter))
-        tied = {key for key, count in uses.items() if count > 1}
+        tied = shared_weights(dict(model.named_modules()))
         found = {"ends": outer_layers(model, graph), "norms": norms, "tied": tied}
         return replace(context, notes={**found, **context.notes})
 
@@ -143,16 +162,20 @@ class QuantizationMethod(LayerMethod):
             return Skip(name, f"{self.name} does not cover {type(layer).__name__}")
         if getattr(layer, "max_norm", None) is not None:
             return Skip(name, "its max_norm rewrites the weight in the forward")
-        weight_bits, act_bits = self.bits_of(name, name in context.notes.get("ends", ()))
-        weight_bits = context.notes.get("bits", {}).get(name, weight_bits)
+        if name in context.notes.get("left", ()):
+            return Skip(name, context.notes["left"][name])
+        sharing = others(layer, name, context.notes.get("tied", {}))
+        bits, act_bits = self.bits_of(name, name in context.notes.get("ends", ()), sharing)
+        bits = context.notes.get("bits", {}).get(name, bits)
         if isinstance(layer, nn.Embedding):
             act_bits = FLOAT  # indices are not rounded
-        if weight_bits == FLOAT and (act_bits == FLOAT or name in context.notes.get("bits", {})):
-            return Skip(name, "16 bits leave it in floating point")
+        if bits == FLOAT and (act_bits == FLOAT or name in context.notes.get("bits", {})):
+            shown = f", which is that of {sharing[0]!r}, too" if sharing else ""
+            return Skip(name, f"16 bits leave its weight{shown}, in floating point")
         norm = context.notes.get("norms", {}).get(name)
         spec: dict[str, Any] = {
             "kind": kind.kind,
-            "bits": weight_bits,
+            "bits": bits,
             "act_bits": act_bits,
             "act": None if act_bits == FLOAT else "static",
             "trains": self.trains,
@@ -181,7 +204,8 @@ class QuantizationMethod(LayerMethod):
         assert layer is not None
         macs = weight_of(layer).numel()
         measured = context.notes.get("sensitivities", {}).get(name)
-        for bits in self.bits_offered(name, name in context.notes.get("ends", ())):
+        sharing = others(layer, name, context.notes.get("tied", {}))
+        for bits in self.bits_offered(name, name in context.notes.get("ends", ()), sharing):
             spec = self.plan_layer(name, layer, replace(context, notes={**context.notes, "bits": {name: bits}}))
             if isinstance(spec, Skip) and bits < FLOAT:
                 return []
@@ -193,10 +217,11 @@ class QuantizationMethod(LayerMethod):
             found.append(Candidate({"bits": bits}, size, macs, loss))
         return found
 
-    def bits_offered(self, name: str, is_end: bool) -> list[int]:
-        """The bits of weights that a budget may choose from for the layer of that name, fewest first."""
-        pinned = [o.get("weight_bits", o.get("bits")) for p, o in (self.overrides or {}).items() if matches(name, p)]
-        if pinned and pinned[-1] is not None:
+    def bits_offered(self, name: str, is_end: bool, sharing: Sequence[str] = ()) -> list[int]:
+        """The bits of weights that a budget may choose from, fewest first; arguments as those of `bits_of`."""
+        found = [o for p, o in (self.overrides or {}).items() if any(matches(n, p) for n in (name, *sharing))]
+        pinned = [bits for options in found if (bits := weight_bits(options)) is not None]
+        if pinned:
             return [pinned[-1]]
         least = self.first_last_bits if is_end and self.first_last_bits else 0
         return [bits for bits in ALL_BITS if bits >= least]

@@ -130,6 +130,9 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
         count = self.shape.numel() // self.shape[self.axis]
         return unblock(unpack(self.codes, count, self.spec["bits"]), self.shape, self.axis)
 
+    def derivation(self) -> tuple[Any, ...]:
+        return (self.axis, *(self.spec[key] for key in ("bits", "group_size", "zero_point", "rounding")))
+
     def count_in(self, name: str) -> int:
         return self.shape.numel() if name == "codes" else super().count_in(name)
 

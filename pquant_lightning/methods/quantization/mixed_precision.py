@@ -1,8 +1,7 @@
 """Mixed precision: each layer has as many bits as its effect on the output asks for, within one budget."""
 
 import logging
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from pquant_lightning.methods.quantization._allocation import (
 )
 from pquant_lightning.methods.quantization._base import ALL_BITS, own_layers
 from pquant_lightning.methods.quantization._sensitivity import Losses
+from pquant_lightning.methods.quantization._ties import others, shared_weights
 from pquant_lightning.methods.quantization.ptq import PTQCompression
 
 log = logging.getLogger(__name__)
@@ -135,11 +135,11 @@ class MixedPrecisionCompression(PTQCompression):
         given = {name: getattr(self, name) for name in ("average_bits", "target_size_mb", "max_drop")}
         return one_of(type(self), {"average_bits": 6.0}, **given)
 
-    def bits_of(self, name: str, is_end: bool) -> tuple[int, int]:
-        return super().bits_of(name, is_end and self.first_last_bits is not None)
+    def bits_of(self, name: str, is_end: bool, sharing: Sequence[str] = ()) -> tuple[int, int]:
+        return super().bits_of(name, is_end and self.first_last_bits is not None, sharing)
 
-    def bits_offered(self, name: str, is_end: bool) -> list[int]:
-        offered = super().bits_offered(name, is_end)
+    def bits_offered(self, name: str, is_end: bool, sharing: Sequence[str] = ()) -> list[int]:
+        offered = super().bits_offered(name, is_end, sharing)
         return [bits for bits in offered if self.choices is None or bits in self.choices] or offered[:1]
 
     def shared_bits(
@@ -166,8 +166,10 @@ class MixedPrecisionCompression(PTQCompression):
 
     def least_average(self, model: nn.Module, context: CompressionContext) -> float:
         """The fewest bits per weight, on average, that the choices of the layers allow."""
-        bits = {name: min(self.bits_offered(name, False)) for name in own_layers(model, context.by)}
-        weights = {name: layer.weight.numel() for name, layer in own_layers(model, context.by).items()}
+        own = own_layers(model, context.by)
+        ties = shared_weights(own)
+        bits = {name: min(self.bits_offered(name, False, others(layer, name, ties))) for name, layer in own.items()}
+        weights = {name: layer.weight.numel() for name, layer in own.items()}
         return sum(bits[name] * count for name, count in weights.items()) / sum(weights.values())
 
     def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
@@ -183,9 +185,7 @@ class MixedPrecisionCompression(PTQCompression):
     def share_again(self, model: nn.Module, context: CompressionContext) -> None:
         """Shares the budget out over the layers as their weights are now; measures where those have changed."""
         own = own_layers(model, context.by)
-        uses = Counter(id(layer.weight) for layer in own.values())
-        tied = {key for key, count in uses.items() if count > 1}
-        context = replace(context, notes={**context.notes, "tied": tied})
+        context = replace(context, notes={**context.notes, "tied": shared_weights(own)})
         layers: dict[str, nn.Module] = {}
         for name, layer in own.items():
             layers[name] = build_layer(layer.spec["layer"], device="meta")

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -79,7 +80,8 @@ class PTQCompression(QuantizationMethod):
         fold_norms: fold batch norms away; needs samples of data, to see what feeds them.
         correct_bias: correct the mean output of each layer, by its mean input in calibration.
         overrides: bits of single layers: glob patterns over module names to `bits`, `weight_bits` or `act_bits`; the
-            last pattern that matches counts, e.g. `{"head": {"bits": 8}}`.
+            last pattern that matches counts, e.g. `{"head": {"bits": 8}}`. A weight that layers share has one number
+            of bits: patterns for any of them count.
         first_last_bits: at least so many bits in the first and the last layer, in models of three layers or more. None
             means 8, or no exception where weights have a scale per group.
         observer: how a range of inputs is chosen from calibration: "histogram" and "mse" for the least squared error
@@ -153,9 +155,9 @@ class PTQCompression(QuantizationMethod):
         asked = bool(self.data_aware) or self.rounding in _WITH_DATA or self.equalize or self.smooth is not None
         return self.scheme == "static" or asked
 
-    def bits_of(self, name: str, is_end: bool) -> tuple[int, int]:
+    def bits_of(self, name: str, is_end: bool, sharing: Sequence[str] = ()) -> tuple[int, int]:
         protected = is_end and not (self.first_last_bits is None and self.group_size is not None)
-        weight_bits, act_bits = super().bits_of(name, protected)
+        weight_bits, act_bits = super().bits_of(name, protected, sharing)
         return weight_bits, FLOAT if self.scheme == "weight_only" else act_bits
 
     def layer_options(self, layer: nn.Module, spec: dict[str, Any], context: CompressionContext) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Quantization-aware training: weights and inputs are rounded in the forward, gradients pass straight through."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -60,7 +61,7 @@ class QATCompression(QuantizationMethod):
         act_bits: bits of the inputs where they differ from `bits`.
         quantizer: "ste" rounds weights on the scale of their largest magnitude and inputs on a moving range; "lsq"
             learns the scales (LSQ), and the zero point of inputs (LSQ+); "pact" learns the clipping level of inputs;
-            "auto" is "lsq" below 5 bits, else "ste".
+            "auto" is "lsq" below 5 bits, else "ste". Weights that layers share are rounded by "ste".
         start: share of the training after which rounding begins.
         initial_bits: bits to begin with, lowered one by one to the target.
         end: share of the training after which the target is reached, with `initial_bits`.
@@ -71,7 +72,8 @@ class QATCompression(QuantizationMethod):
         average_bits: bits per weight on average, shared out over the layers by what rounding each does to the output
             of the model at the start of fit (see `MixedPrecisionCompression`), instead of equal ones.
         overrides: bits of single layers: glob patterns over module names to `bits`, `weight_bits` or `act_bits`; the
-            last pattern that matches counts, e.g. `{"head": {"bits": 8}}`.
+            last pattern that matches counts, e.g. `{"head": {"bits": 8}}`. A weight that layers share has one number
+            of bits: patterns for any of them count.
         first_last_bits: at least so many bits in the first and the last layer, in models of three layers or more. None
             means 8, or what `average_bits` gives them.
         observer: how a range of inputs is chosen from calibration: "histogram" and "mse" for the least squared error
@@ -132,8 +134,9 @@ class QATCompression(QuantizationMethod):
                 f"QATCompression: bits are lowered between start and end, got start={self.start}, end={self.end}."
             )
 
-    def bits_of(self, name: str, is_end: bool) -> tuple[int, int]:
-        return super().bits_of(name, is_end and not (self.average_bits is not None and self.first_last_bits is None))
+    def bits_of(self, name: str, is_end: bool, sharing: Sequence[str] = ()) -> tuple[int, int]:
+        protected = is_end and not (self.average_bits is not None and self.first_last_bits is None)
+        return super().bits_of(name, protected, sharing)
 
     def shared_bits(
         self, model: nn.Module, layers: dict[str, nn.Module], context: CompressionContext
@@ -149,7 +152,9 @@ class QATCompression(QuantizationMethod):
         def chosen(bits: int) -> str:
             return ("lsq" if bits < _LEARNS_BELOW else "ste") if self.quantizer == "auto" else self.quantizer
 
-        learns_weight = chosen(spec["bits"]) == "lsq" and spec["bits"] < FLOAT and not isinstance(layer, nn.Embedding)
+        alone = id(layer.weight) not in context.notes.get("tied", ())  # layers that share a weight come to one scale
+        learnable = spec["bits"] < FLOAT and not isinstance(layer, nn.Embedding) and alone
+        learns_weight = chosen(spec["bits"]) == "lsq" and learnable
         moves = self.start > 0 or self.initial_bits is not None
         schedule = {name: getattr(self, name) for name in ("start", "initial_bits", "end")}
         frozen = {name: getattr(self, name) for name in ("freeze_observers", "freeze_norms")}
