@@ -49,6 +49,7 @@ _COMMON = ("dropout", "bias", "use_dora", "use_rslora")
 def save_adapter(model: nn.Module, path: str | Path) -> Path:
     """Writes the adapters of a model, and what else was trained, in PEFT's format; a few hundred kB.
 
+    What a fit measures beside, the running statistics of norms, is written, too.
     `PeftModel.from_pretrained(base, path)` and `load_adapter(base, path)` read it. The names in the file are those of
     the modules inside `model`: give the module that the base is, e.g. `lightning_module.net`. An adapter that started
     as "pissa" or "olora" is written for the unchanged base, with twice its rank. The file says which base it needs.
@@ -71,7 +72,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
             "has merged them for good."
         )
     config = _config(model, layers)
-    tensors = _also_trained(model, layers, config)
+    tensors = {plain_name(name, compressed): buffer for name, buffer in _measured(model).items()}
+    tensors.update(_also_trained(model, layers, config))
     for name, layer in layers.items():
         tensors.update({f"{name}.{own}": tensor for own, tensor in _to_peft(name, layer).items()})
     header = {"format": "pt", _BASE: _base_of(layers), _NAME: type(model).__name__}
@@ -149,6 +151,17 @@ def _also_trained(model: nn.Module, layers: Mapping[str, LoRALayer], config: dic
         other = {n: p for n, p in model.named_parameters() if n.endswith(".bias") and not n.startswith(inside)}
         found.update(other)
     return found
+
+
+def _measured(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that training changes, by name: of floating point, or a count; not those of compressed layers."""
+    state, layers = model.state_dict(keep_vars=True), compressed_layers(model)
+    inside = tuple(f"{name}." for name in layers)
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name in state and not name.startswith(inside) and (buffer.is_floating_point() or buffer.dim() == 0)
+    }
 
 
 def _to_peft(name: str, layer: LoRALayer) -> dict[str, Tensor]:
@@ -414,6 +427,8 @@ class PeftExporter(Exporter):
         model = deep_copy(traced.model)
         for name, layer in adapters(model).items():
             replace_layer(model, name, layer.base)
+        for buffer in _measured(model).values():  # of the trained model; the base has others
+            buffer.zero_()
         load_adapter(model, path).eval()
         return run_in_torch(model, traced)
 

@@ -1,6 +1,7 @@
 """Adapters in PEFT's format, against the real package: what one writes the other reads, with equal outputs."""
 
 import copy
+import importlib
 import json
 import warnings
 from pathlib import Path
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 
 from pquant_lightning import (
     compress_model,
+    export_model,
     finalize,
     load_adapter,
     register_adapter,
     save_adapter,
 )
 from pquant_lightning.core.errors import CheckpointError, ModelError
+from pquant_lightning.exporters.base import ExportError
 from pquant_lightning.exporters.peft import CONFIG, WEIGHTS
 from pquant_lightning.methods.low_rank.lora import adapters
 
@@ -196,6 +199,65 @@ def test_a_layer_with_an_adapter_of_ours_for_its_type(own_registries: None, tmp_
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path),
     ):
         torch.testing.assert_close(loaded.eval()(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+class Normed(nn.Module):
+    """A norm with running statistics, and with buffers that a fit does not change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.head = nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)
+        self.register_buffer("mask", torch.ones(16, 16, dtype=torch.bool))
+        self.register_buffer("scratch", torch.ones(16), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.fc(x)).relu())
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_statistics_of_norms_go_there_and_back(bits: int | None, tmp_path: Path) -> None:
+    """A fit of adapters measures them on its data, which are not those of the base."""
+    torch.manual_seed(0)
+    base, x = Normed().eval(), torch.randn(64, 12) * 3 + 1
+    if bits:
+        base = compress_model(base, "ptq", scheme="weight_only", bits=bits, group_size=None, min_saving=0.0)
+    model = disturb(compress_model(base, "lora", r=2))
+    for _ in range(3):
+        model.train()(x)
+    model.eval()
+    save_adapter(model, tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)
+    assert {key.rpartition(".")[2] for key in stored if "norm" in key} == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+    assert not any("mask" in key or "scratch" in key for key in stored)
+    assert (model(x) - base(x)).abs().max() > 0.1
+    loaded = [load_adapter(copy.deepcopy(base), tmp_path).eval()]
+    if not bits:  # PEFT knows nothing of our integers
+        loaded.append(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval())
+        assert loaded[1].base_model.model.norm.num_batches_tracked == 3
+    for other in loaded:
+        torch.testing.assert_close(other(x[:5]), model(x[:5]), atol=1e-5, rtol=1e-5)
+
+
+def test_the_export_checks_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = compress_model(Normed().eval(), "lora", r=2)
+    model.train()(torch.randn(32, 12))
+    result = export_model(model.eval(), torch.randn(4, 12), tmp_path / "good", "peft")
+    assert not result.integer_weights
+    peft = importlib.import_module("pquant_lightning.exporters.peft")
+    whole = peft.save_adapter
+
+    def without(*args: Any) -> None:
+        whole(*args)
+        kept = {key: tensor for key, tensor in load_file(args[1] / WEIGHTS).items() if "running" not in key}
+        save_file(kept, args[1] / WEIGHTS)
+
+    monkeypatch.setattr(peft, "save_adapter", without)
+    with pytest.raises(ExportError):
+        export_model(model, torch.randn(4, 12), tmp_path / "bad", "peft")
 
 
 # -- what the file says ----------------------------------------------------------------------------------------------
