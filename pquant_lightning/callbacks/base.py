@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pquant_lightning.callbacks._checkpoints import best_path, read_as_trainer
+from pquant_lightning.callbacks._gradients import observe_step
 from pquant_lightning.callbacks._lightning import is_a, overrides
 from pquant_lightning.callbacks._monitors import reset_monitors, reset_would_matter
 from pquant_lightning.callbacks._optimizers import follow_resized, repair_optimizers
@@ -252,11 +253,7 @@ class _MethodCallback(Callback):
                 self._start_monitors_afresh(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if len(trainer.optimizers) == 1:
-            self.method.observe(pl_module, self._state)
-            return
-        with _only_gradients_of(optimizer, pl_module):
-            self.method.observe(pl_module, self._state)
+        observe_step(self.method, pl_module, self._state, trainer, optimizer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         whole = trainer.strategy.restore_checkpoint_after_setup or averaged_models(trainer)
@@ -602,20 +599,6 @@ def _project(
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     method.project_held(module, state, lambda parameter: id(parameter) in held)
-
-
-@contextmanager
-def _only_gradients_of(optimizer: Any, module: nn.Module) -> Iterator[None]:
-    """Within the block other optimizers' parameters have no gradients: theirs are of another loss."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    hidden = [(p, p.grad) for p in module.parameters() if id(p) not in held and p.grad is not None]
-    for parameter, _ in hidden:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in hidden:
-            parameter.grad = gradient
 
 
 def show_signature(callback_class: type[_MethodCallback], method_class: type[CompressionMethod]) -> None:

@@ -118,3 +118,11 @@ def quantized_decomposed() -> Any:
     """The operations that exporters know as QuantizeLinear and DequantizeLinear; torch 2.13 registers them here."""
     importlib.import_module("torch.ao.quantization.fx._decomposed")
     return torch.ops.quantized_decomposed
+
+
+def takes_off_scale(optimizer: Any) -> bool:
+    """Whether an optimizer's own step takes the factor of 16-bit precision off the gradients (fused ones).
+
+    torch 2.13, torch/amp/grad_scaler.py, GradScaler.step; Lightning 2.6.6, fabric/plugins/precision/amp.py.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

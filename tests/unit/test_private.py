@@ -24,6 +24,7 @@ from pquant_lightning.core._private import (
     launches_copies,
     resume_path,
     shallow_copy,
+    takes_off_scale,
 )
 from pquant_lightning.core.attention import UnfusedAttention
 from tests.models import MLP
@@ -234,3 +235,8 @@ def test_encoder_layers_read_nothing_else_of_attention_before_they_leave_the_fas
     assert all(hasattr(model[0], name) for name in ATTENTION_ATTRIBUTES)
     assert UnfusedAttention.in_proj_bias is None  # "was passed bias=False": no fast path
     assert UnfusedAttention._qkv_same_embed_dim is False
+
+
+def test_fused_optimizers_take_the_factor_of_mixed_precision_off():
+    weight = nn.Parameter(torch.zeros(2))
+    assert [takes_off_scale(torch.optim.Adam([weight], fused=fused)) for fused in (True, False)] == [True, False]
