@@ -1,8 +1,10 @@
 """Every private name of torch and Lightning in use, in one place; `tests/unit/test_private.py` fails when one moves."""
 
+import contextlib
 import importlib
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from copy import copy
 from typing import Any
 
@@ -112,6 +114,28 @@ def launches_copies(trainer: Any) -> bool:
 def int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """int8 `(m, k)` by int8 `(k, n)` to int32 `(m, n)`; torch 2.13: oneDNN on the CPU, cuBLAS on CUDA."""
     return torch._int_mm(a, b)
+
+
+def has_vnni() -> bool:
+    """Whether the processor, as far as torch may use it, multiplies bytes into 32-bit sums; torch 2.13."""
+    return bool(torch.cpu._is_vnni_supported())
+
+
+def per_channel_tensor(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """int8 codes `(out, in)` and scales `(out,)` as the quantized tensor that fbgemm packs; torch 2.13."""
+    zeros = torch.zeros(len(codes), dtype=torch.long)
+    return torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros, 0)
+
+
+@contextlib.contextmanager
+def fbgemm_engine() -> Iterator[None]:
+    """The engine that packs weights is a setting of the process: fbgemm inside, what it was afterwards; torch 2.13."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
 
 
 def quantized_decomposed() -> Any:

@@ -10,6 +10,7 @@ from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.surgery import replace_layer
 from pquant_lightning.methods.low_rank.lora import adapters
+from pquant_lightning.methods.quantization._convolutions import padding_of
 from pquant_lightning.methods.quantization._integer import (
     IntConv1d,
     IntConv2d,
@@ -19,7 +20,6 @@ from pquant_lightning.methods.quantization._integer import (
     IntConvTranspose3d,
     IntLinear,
 )
-from pquant_lightning.methods.quantization._kernels import padding_of
 
 _CONVS = (IntConv1d, IntConv2d, IntConv3d, IntConvTranspose1d, IntConvTranspose2d, IntConvTranspose3d)
 _DOMAIN = "com.microsoft"

@@ -5,15 +5,12 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from pquant_lightning import compress_model, finalize
-from pquant_lightning.core.affine import Grid
 from pquant_lightning.core.deploy import count_params
 from pquant_lightning.core.errors import ModelError
 from pquant_lightning.core.layer_adapter import build_layer, layer_spec
-from pquant_lightning.methods.quantization._kernels import HAS_CONV, int_conv
 
 
 def _layers():
@@ -29,30 +26,9 @@ def _layers():
         }
 
 
-def _kernel_saturates():
-    """Whether oneDNN's convolution adds pairs of products in 16 bits, as on processors without VNNI.
-
-    Found on the largest codes, against exact sums: 2 * 255 * 127 does not fit; with 7 bits on either side it does.
-    """
-    if not HAS_CONV:
-        return False
-    layer, codes, x = (
-        nn.Conv2d(2, 4, 1),
-        torch.full((4, 2, 1, 1), 127, dtype=torch.int8),
-        torch.full((1, 2, 3, 3), 255.0),
-    )
-    found = int_conv(x, layer, codes, torch.ones(4), torch.zeros(4), Grid(1.0, 1.0, 0, 255), 8)
-    return not torch.equal(found.double(), F.conv2d(x.double(), codes.double()))
-
-
 LAYERS = _layers()
 OPTIONS = [{}, {"scheme": "dynamic"}, {"weight_bits": 4, "act_bits": 8}, {"weight_bits": 3, "act_bits": 6}]
 every_layer = pytest.mark.parametrize("name", LAYERS)
-# 8-bit codes on both sides, and at least two input channels side by side: strict, so that it cannot outlive its cause
-saturates = pytest.mark.xfail(
-    _kernel_saturates(), reason="this processor's u8 x s8 convolution saturates in 16 bits", strict=True
-)
-SATURATED = ("conv1d", "conv2d")
 
 
 def deployed(name, **options):
@@ -67,15 +43,8 @@ def dequantized(model, x):
     return model(x.clone().requires_grad_()).detach()
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        pytest.param(name, options, id=f"{options}-{name}", marks=[saturates] if full and name in SATURATED else [])
-        for name in LAYERS
-        for options in OPTIONS
-        for full in ["weight_bits" not in options]
-    ],
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@every_layer
 def test_integer_products_equal_the_dequantized_ones(name, options):
     model, x = deployed(name, **options)
     assert model[0].spec["kernel"] == "integer"
@@ -86,9 +55,7 @@ def test_integer_products_equal_the_dequantized_ones(name, options):
     assert (found - LAYERS[name][0](x)).abs().max() > 1e-4  # something was rounded
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[saturates] if name in SATURATED else []) for name in LAYERS]
-)
+@every_layer
 def test_copies_compile_and_export(name):
     model, x = deployed(name)
     with torch.no_grad():
@@ -137,7 +104,7 @@ def test_an_empty_batch_gives_an_empty_output():
     assert model(torch.randn(0, 48)).shape == (0, 40)
 
 
-@pytest.mark.parametrize(("groups", "bits"), [(1, 4), (2, 4), pytest.param(1, 8, marks=saturates), (2, 8)])
+@pytest.mark.parametrize(("groups", "bits"), [(1, 4), (2, 4), (1, 8), (2, 8)])
 def test_a_batch_norm_is_folded_exactly(groups, bits):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=groups, bias=False), nn.BatchNorm2d(8))

@@ -26,6 +26,7 @@ from pquant_lightning.core.affine import (
 )
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage
 from pquant_lightning.core.errors import ModelError
+from pquant_lightning.methods.quantization import _convolutions, _products
 from pquant_lightning.methods.quantization._forms import (
     Conv1dForm,
     Conv2dForm,
@@ -37,15 +38,7 @@ from pquant_lightning.methods.quantization._forms import (
     describe,
     layer_config,
 )
-from pquant_lightning.methods.quantization._kernels import (
-    CONV_PRODUCTS,
-    HAS_CONV,
-    dynamic_linear,
-    forget,
-    int_conv,
-    linear_runs_here,
-    static_linear,
-)
+from pquant_lightning.methods.quantization._kernels import choose, int_conv, prepared, traced_product
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -183,7 +176,8 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
 
     def _forget(self) -> None:
         if self._ready is not None:
-            forget(self._ready["codes"])
+            for module in (_products, _convolutions):
+                module.forget(self._ready["codes"])
             self._ready = None
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -201,15 +195,15 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
-    def integer(self, x: Tensor) -> bool:
-        """Whether this call computes in integers."""
+    def plain(self, x: Tensor) -> bool:
+        """Whether this call computes in plain torch: a program is exported, or a gradient is asked for."""
         if not x.is_floating_point():
             raise ModelError(
                 f"A quantized {type(self).__name__} takes floating-point inputs, got {x.dtype}; convert them first "
                 "(x.float())."
             )
-        wanted = self.spec["kernel"] == "integer" and x.numel() > 0 and not torch.compiler.is_exporting()
-        return wanted and not x.is_meta and not (x.requires_grad and torch.is_grad_enabled())
+        wants_gradient = x.requires_grad and torch.is_grad_enabled()
+        return wants_gradient or x.numel() == 0 or x.is_meta or torch.compiler.is_exporting()
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input on its grid, in floating point."""
@@ -241,28 +235,26 @@ class _Computing(IntLayer):
     compute: Any
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        if self.integer(x) and self.runs_here(x):
-            return self.product(x).to(self.like.dtype)
+        if self.plain(x):
+            result: Tensor = self.compute(self.quantized_input(x), self.dense_weight(), self.bias, *args)
+            return result
+        if torch.compiler.is_compiling():
+            return self.traced(x, *args).to(self.like.dtype)
+        kernel = choose(self, x, *args).kernel
+        return kernel.run(self, x, prepared(self, kernel), *args).to(self.like.dtype)
+
+    def traced(self, x: Tensor, *args: Any) -> Tensor:
+        """The output in operations that can be compiled: in integers where the layer computes in them."""
         result: Tensor = self.compute(self.quantized_input(x), self.dense_weight(), self.bias, *args)
         return result
 
-    def runs_here(self, x: Tensor) -> bool:
-        """Whether the kernel runs on this device and for this input."""
-        return False
-
-    def product(self, x: Tensor) -> Tensor:
-        """The output, computed in integers; float32."""
-        raise NotImplementedError
-
 
 class _Convolving(_Computing):
-    """Convolutions in integers, on the CPU."""
+    """Convolutions."""
 
-    def runs_here(self, x: Tensor) -> bool:
-        fits = self.shape[1:].numel() <= CONV_PRODUCTS  # older files do not say so
-        return x.device.type == "cpu" and x.dim() == len(self.shape) and HAS_CONV and fits
-
-    def product(self, x: Tensor) -> Tensor:
+    def traced(self, x: Tensor, *args: Any) -> Tensor:
+        if self.spec["kernel"] != "integer" or x.device.type != "cpu" or x.dim() != len(self.shape):
+            return super().traced(x, *args)
         ready = self.ready()
         weights = (ready["codes"], ready["scale"], ready["bias"])
         return int_conv(x, self, *weights, ready.get("grid"), self.spec["act_bits"])
@@ -277,14 +269,8 @@ class _Convolving(_Computing):
 class IntLinear(_Computing, LinearForm, kind="int_linear"):
     """Linear with integer codes (out, in)."""
 
-    def runs_here(self, x: Tensor) -> bool:
-        return linear_runs_here(self.ready()["codes"])
-
-    def product(self, x: Tensor) -> Tensor:
-        ready = self.ready()
-        if "grid" in ready:
-            return static_linear(x, ready["codes"], ready["grid"], ready["multiplier"], ready["offset"])
-        return dynamic_linear(x, ready["codes"], self.spec["act_bits"], ready["scale"], ready["sums"], ready["bias"])
+    def traced(self, x: Tensor, *args: Any) -> Tensor:
+        return traced_product(self, x) if self.spec["kernel"] == "integer" else super().traced(x, *args)
 
 
 class IntConv1d(_Convolving, Conv1dForm, kind="int_conv1d"):

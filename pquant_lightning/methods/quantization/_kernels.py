@@ -1,31 +1,46 @@
-"""Products of 8-bit codes, computed in integers with the kernels that torch ships.
+"""The kernels of deployed layers, one row each, and the choice between them, which is measured.
 
-Linear layers use `torch._int_mm` (CPU and CUDA); convolutions oneDNN's quantized convolution (CPU), whose repacked
-weights are cached beside the codes, not in the layer. Where no kernel applies a layer dequantizes; `why_no_kernel` says
-so before anything is changed.
+A layer computes what its spec says, by any of the kernels that fit it. Which one is fastest differs between processors,
+shapes and numbers of rows, so the first call of a kind of layer for a number of rows (to the next power of two) times
+those that fit, and the process remembers the answer. Products of quantized inputs are exact in every kernel; those of
+unquantized ones differ by what `Kernel.error` states. Under `torch.use_deterministic_algorithms(True)` nothing is
+timed: the first exact kernel of the table that fits is taken.
 """
 
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from pquant_lightning.core.affine import Grid, affine_codes, dynamic_grid, int_product, signed_codes, top_code
+from pquant_lightning.core.affine import affine_codes, dynamic_grid
+from pquant_lightning.methods.quantization._convolutions import HAS_CONV, int_conv, needs_parts
+from pquant_lightning.methods.quantization._forms import FLOAT
+from pquant_lightning.methods.quantization._products import (
+    LONGEST_SUM,
+    fbgemm_product,
+    has_fbgemm,
+    has_onednn,
+    int_linear,
+    int_mm_product,
+    int_mm_runs,
+    onednn_product,
+    prepare_fbgemm,
+    prepare_onednn,
+)
 
-HAS_CONV = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv2d_pointwise")  # x86
-
-CONV_PRODUCTS = (2**31 - 1) // (255 * 127)  # that int32 holds the sum of, of an unsigned input code and a weight code
-
-_PACKED: Any = WeakTensorKeyDictionary()  # codes -> the same codes as oneDNN wants them
+_REPEATS = 3  # timings of a kernel, of which the shortest counts
+_LONG = 0.05  # seconds after which one timing is enough
 
 
 def why_no_kernel(layer: nn.Module, act_bits: int, group_size: int | None) -> str | None:
     """Why an ordinary layer cannot compute in integers; None where it can."""
     if isinstance(layer, nn.Embedding):
         return "a lookup computes nothing"
-    if act_bits == 16:
+    if act_bits == FLOAT:
         return "inputs are not quantized"
     if group_size is not None:
         return "weights have a scale per group"
@@ -33,7 +48,7 @@ def why_no_kernel(layer: nn.Module, act_bits: int, group_size: int | None) -> st
         return None
     if not isinstance(layer, nn.Conv1d | nn.Conv2d):
         return f"torch has no integer kernel for {type(layer).__name__}"
-    if (products := layer.weight[0].numel()) > CONV_PRODUCTS:
+    if (products := layer.weight[0].numel()) > LONGEST_SUM:
         return f"a sum of {products:,} products does not fit into 32 bits"
     if layer.padding_mode != "zeros":
         return f"padding_mode={layer.padding_mode!r}"
@@ -42,132 +57,288 @@ def why_no_kernel(layer: nn.Module, act_bits: int, group_size: int | None) -> st
     return None if HAS_CONV else "this build of torch has no oneDNN"
 
 
-def linear_runs_here(codes: Tensor) -> bool:
-    """Whether `torch._int_mm` takes these codes on their device: CUDA asks for multiples of 8."""
-    return codes.device.type == "cpu" or (codes.is_cuda and codes.shape[0] % 8 == 0 and codes.shape[1] % 8 == 0)
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute a deployed layer.
 
-
-# -- linear ----------------------------------------------------------------------------------------------------------
-
-
-def static_linear(x: Tensor, codes: Tensor, grid: Grid, multiplier: Tensor, offset: Tensor) -> Tensor:
-    """Linear layer on a static grid.
-
-    Args:
-        x: `(..., in)`.
-        codes: int8 `(out, in)`.
-        grid: of the inputs.
-        multiplier: float32 `(out,)`: scale of the inputs times scale of the weights.
-        offset: float32 `(out,)`: the bias, with what the zero point adds taken out.
-
-    Returns:
-        float32 `(..., out)`.
+    Attributes:
+        name: for tables.
+        fits: whether it computes this layer for inputs like these, on this machine.
+        prepare: the layer's weight as the kernel wants it; made once and kept beside the codes.
+        run: the output, float, of a layer, an input and the prepared weight.
+        error: what it adds to the error of the layer, relative to the output; 0 where only sums are rounded.
     """
-    rows = signed_codes(x.reshape(-1, x.shape[-1]), grid.inverse, grid.zero_point, grid.top)
-    return torch.addcmul(offset, _product(rows, codes), multiplier).reshape(*x.shape[:-1], -1)
+
+    name: str
+    fits: Callable[[Any, Tensor], bool]
+    prepare: Callable[[Any], Any]
+    run: Callable[..., Tensor]
+    error: float = 0.0
 
 
-def dynamic_linear(x: Tensor, codes: Tensor, bits: int, scale: Tensor, sums: Tensor, bias: Tensor) -> Tensor:
-    """Linear layer with a grid for each row of its input; `sums` float32 `(out,)` are the sums of each row of codes."""
+# -- quantized inputs times an integer weight ------------------------------------------------------------------------
+
+
+def _multiplies(layer: Any, x: Tensor) -> bool:
+    """Whether this is a Linear layer with quantized inputs and a scale per output, whose sums fit into 32 bits."""
+    computes = layer.spec["kernel"] == "integer" and isinstance(layer, nn.Linear)
+    return computes and layer.in_features <= LONGEST_SUM
+
+
+def _by_rows(product: Callable[[Tensor, int, Any], Tensor], layer: Any, x: Tensor, weight: Any) -> Tensor:
+    """A Linear layer by products of codes less 128, which each kernel gives exactly.
+
+    Static grids make `scale * (codes - zero_point)` of the inputs; dynamic ones do so for each row.
+    """
+    ready = layer.ready()
+    rows = x.reshape(-1, x.shape[-1])
+    if (grid := ready.get("grid")) is not None:
+        levels = affine_codes(rows, grid.inverse, grid.zero_point, grid.top).sub_(128)
+        y = torch.addcmul(ready["offset"], product(levels, 128, weight), ready["multiplier"])
+    else:
+        rows = rows.float()
+        bits = layer.spec["act_bits"]
+        scale, zero_point = dynamic_grid(rows, bits)
+        levels = affine_codes(rows, scale.reciprocal(), zero_point, 2**bits - 1).sub_(128)
+        sums = product(levels, 128, weight).addr_(128 - zero_point.squeeze(1), ready["sums"])
+        y = torch.addcmul(ready["bias"], sums.mul_(scale), ready["scale"])
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _int_mm(layer: Any, x: Tensor, codes: Tensor) -> Tensor:
+    return _by_rows(lambda levels, _, weight: int_mm_product(levels, weight), layer, x, codes)
+
+
+def _fbgemm(layer: Any, x: Tensor, weight: tuple[Any, Any]) -> Tensor:
+    plain, fused = weight
+    if fused is None:
+        return _by_rows(fbgemm_product, layer, x, plain)
+    grid = layer.ready()["grid"]
     rows = x.reshape(-1, x.shape[-1]).float()
-    row_scale, zero_point = dynamic_grid(rows, bits)
-    quantized = signed_codes(rows, row_scale.reciprocal(), zero_point, 2**bits - 1)
-    product = _product(quantized, codes).addr_(128 - zero_point.squeeze(1), sums)
-    return torch.addcmul(bias, product.mul_(row_scale), scale).reshape(*x.shape[:-1], -1)
+    levels = (rows * grid.inverse).round_().clamp_(-grid.zero_point, grid.top - grid.zero_point)
+    return fbgemm_product(levels, int(grid.zero_point), fused).reshape(*x.shape[:-1], -1)
 
 
-def _product(rows: Tensor, codes: Tensor) -> Tensor:
-    if not rows.is_cuda or rows.shape[0] > 16:
-        return int_product(rows, codes)
-    return int_product(F.pad(rows, (0, 0, 0, 17 - rows.shape[0])), codes)[: rows.shape[0]]
+def _for_fbgemm(layer: Any) -> tuple[Any, Any]:
+    """For dynamic grids the codes alone; for a static one with scales and bias, which the kernel applies."""
+    ready = layer.ready()
+    bits = layer.spec["act_bits"]
+    if "grid" not in ready:
+        return prepare_fbgemm(ready["codes"]), None  # zero points of rows move codes of few bits, too
+    return None, prepare_fbgemm(ready["codes"], ready["multiplier"], ready["bias"], bits)
 
 
-# -- convolution -----------------------------------------------------------------------------------------------------
+# -- unquantized inputs times an integer weight ----------------------------------------------------------------------
+
+_PARTS, _BITS = 3, 7  # an input as three digits of seven bits: 21 bits, nearly the 24 of float32
+_HALF = 2 ** (_BITS - 1)
 
 
-def int_conv(x: Tensor, layer: Any, codes: Tensor, scale: Tensor, bias: Tensor, grid: Grid | None, bits: int) -> Tensor:
-    """Convolution in integers; float32 in channels-last layout.
+def _digits(layer: Any, x: Tensor, weight: Any) -> Tensor:
+    """Inputs of a Linear layer as whole multiples of 2^-20 of each row's largest, in three digits of seven bits.
+
+    Each digit is a row of a product of integers, which is exact: digits have seven bits, so no pair saturates.
+    """
+    packed, scale, zero, bias = weight
+    rows = x.reshape(-1, x.shape[-1]).float()
+    top = float(2 ** (_BITS * _PARTS - 1) - 2 ** (_BITS * _PARTS - _BITS))
+    unit = (rows.abs().amax(1, keepdim=True) / top).clamp_min(1e-38)
+    left = (rows / unit).round_()
+    digits = []
+    for power in range(_PARTS - 1, 0, -1):
+        base = float(2 ** (_BITS * power))
+        digit = (left / base).round_()
+        left = left.sub_(digit * base)
+        digits.append(digit)
+    levels = torch.cat([*digits, left])
+    products = fbgemm_product(levels, _HALF, packed).unflatten(0, (_PARTS, -1))
+    y = products[0]
+    for digit in products[1:]:
+        y = y.mul_(2**_BITS).add_(digit)
+    if zero is not None:
+        y = y.sub_(rows.div(unit).round_().sum(1, keepdim=True) * zero)
+    y = y.mul_(unit).mul_(scale)
+    return (y if bias is None else y.add_(bias)).reshape(*x.shape[:-1], -1)
+
+
+def _for_digits(layer: Any) -> Any:
+    ready = layer.ready()
+    zero = None if layer.zero is None else layer.zero.float().squeeze(1)
+    bias = None if layer.bias is None else layer.bias.float()
+    return prepare_fbgemm(ready["codes"], input_bits=_BITS), layer.scale.squeeze(1), zero, bias
+
+
+def _takes_digits(layer: Any, x: Tensor) -> bool:
+    alone = isinstance(layer, nn.Linear) and layer.spec["act"] is None and layer.scale.shape[1] == 1
+    return alone and x.device.type == "cpu" and has_fbgemm() and x.dtype != torch.float64 and _short(layer)
+
+
+def _short(layer: Any) -> bool:
+    return layer.in_features <= LONGEST_SUM
+
+
+_PACKED_GROUPS = (32, 64, 128, 256)  # of torch's product with 4-bit weights
+
+
+def _takes_four_bits(layer: Any, x: Tensor) -> bool:
+    spec = layer.spec
+    fits = isinstance(layer, nn.Linear) and spec["act"] is None and spec["bits"] <= 4 and not layer.out_features % 16
+    known = hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") and x.device.type == "cpu"
+    return fits and known and spec["group_size"] in _PACKED_GROUPS and x.dtype != torch.float64
+
+
+def _for_four_bits(layer: Any) -> Any:
+    """Codes 0..15, with the scales in bfloat16; zero points are kept exactly, beside them."""
+    codes = layer.ready()["codes"].to(torch.int32) + 8
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scale = layer.scale.bfloat16()
+    scales = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous()  # (groups, out, 2)
+    shift = None if layer.zero is None else (scale.float() * layer.zero.float()).t().contiguous()
+    return packed, scales, shift
+
+
+def _four_bits(layer: Any, x: Tensor, weight: Any) -> Tensor:
+    packed, scales, shift = weight
+    rows, group = x.reshape(-1, x.shape[-1]), layer.spec["group_size"]
+    multiply: Any = torch.ops.aten._weight_int4pack_mm_for_cpu
+    y = multiply(rows.bfloat16(), packed, group, scales).float()
+    if shift is not None:
+        y = y.sub_(rows.float().unflatten(1, (-1, group)).sum(2) @ shift)
+    return (y if layer.bias is None else y.add_(layer.bias.float())).reshape(*x.shape[:-1], -1)
+
+
+# -- the weight in floating point ------------------------------------------------------------------------------------
+
+
+def _floating(layer: Any, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    result: Tensor = layer.compute(layer.quantized_input(x).to(weight.dtype), weight, layer.bias, *args)
+    return result
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+KERNELS = (
+    Kernel(
+        "torch._int_mm",
+        lambda layer, x: _multiplies(layer, x) and int_mm_runs(layer.ready()["codes"]),
+        lambda layer: layer.ready()["codes"],
+        _int_mm,
+    ),
+    Kernel(
+        "fbgemm",
+        lambda layer, x: _multiplies(layer, x) and x.device.type == "cpu" and has_fbgemm(),
+        _for_fbgemm,
+        _fbgemm,
+    ),
+    Kernel(
+        "oneDNN linear",
+        lambda layer, x: _multiplies(layer, x) and x.device.type == "cpu" and has_onednn(),
+        lambda layer: prepare_onednn(layer.ready()["codes"]),
+        lambda layer, x, weight: _by_rows(onednn_product, layer, x, weight),
+    ),
+    Kernel(
+        "oneDNN convolution",
+        lambda layer, x: (
+            layer.spec["kernel"] == "integer"
+            and not isinstance(layer, nn.Linear)
+            and HAS_CONV
+            and x.device.type == "cpu"
+            and x.dim() == len(layer.shape)
+        ),
+        lambda layer: None,
+        lambda layer, x, _: int_conv(
+            x,
+            layer,
+            *(layer.ready()[key] for key in ("codes", "scale", "bias")),
+            layer.ready().get("grid"),
+            layer.spec["act_bits"],
+        ),
+    ),
+    Kernel("inputs in three digits, fbgemm", _takes_digits, _for_digits, _digits, error=1e-5),
+    Kernel("4-bit weights in bfloat16", _takes_four_bits, _for_four_bits, _four_bits, error=4e-3),
+    Kernel("weights in floating point", lambda layer, x: True, lambda layer: layer.dense_weight(), _floating),
+)
+
+
+# -- the choice ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel for a kind of layer and a number of rows, with the seconds of all that fit; none where only one does."""
+
+    kernel: Kernel
+    seconds: dict[str, float]
+
+
+_CHOICES: dict[Any, Choice] = {}
+
+
+def choose(layer: Any, x: Tensor, *args: Any) -> Choice:
+    """The kernel of a layer for inputs like these; measured at the first call, then remembered.
 
     Args:
-        x: `(batch, channels, height, width)`, or without height.
-        layer: stride, padding, dilation and groups.
-        codes: int8 `(out, in/groups, kh, kw)`, or without kh.
-        scale: float32 `(out,)`.
-        bias: float32 `(out,)`.
-        grid: of the inputs; None makes a symmetric one for each sample.
-        bits: of the inputs.
+        layer: in deployed form.
+        x: an input; its values do not matter.
+        *args: what else its forward takes.
     """
-    flat = codes.dim() == 3
-    padding = padding_of(layer)
-    config: Any = [list(layer.stride), padding, list(layer.dilation)]
-    if flat:
-        x, codes = x.unsqueeze(2), codes.unsqueeze(2)
-        config = [[[1, 0, 1][i], *config[i]] for i in range(3)]
-    row_scale = None
-    if grid is None:
-        row_scale = (x.abs().amax((1, 2, 3), keepdim=True).float() / top_code(bits)).clamp_min(1e-30)
-        grid = Grid(1.0, row_scale.reciprocal(), 128, 128 + top_code(bits))
-    quantized = affine_codes(x, grid.inverse, grid.zero_point, grid.top).to(torch.uint8)
-    quantized = quantized.contiguous(memory_format=torch.channels_last)
-    convolve: Any = qconv2d if torch.compiler.is_compiling() else _qconv2d
-    start = torch.zeros_like(bias) if row_scale is not None else bias
-    y: Tensor = convolve(quantized, codes, scale, start, float(grid.scale), int(grid.zero_point), *config, layer.groups)
-    if row_scale is not None:
-        y = torch.addcmul(bias[:, None, None], y, row_scale)
-    return y.squeeze(2) if flat else y
+    ready = layer.ready()
+    rows = x.numel() // max(x.shape[-1] if isinstance(layer, nn.Linear) else x[0].numel(), 1)
+    exact = torch.are_deterministic_algorithms_enabled()
+    key = (rows.bit_length(), x.dtype, x.device, torch.get_num_threads(), exact)
+    own: dict[Any, Choice] = ready.setdefault("choices", {})
+    if (found := own.get(key)) is None:
+        shared = (*key, *_problem(layer), None if isinstance(layer, nn.Linear) else x.shape[1:])
+        if (found := _CHOICES.get(shared)) is None:
+            fitting = [kernel for kernel in KERNELS if kernel.fits(layer, x)]
+            if exact:
+                fitting = [kernel for kernel in fitting if kernel.error == 0][:1]
+            found = _CHOICES[shared] = _measured(fitting, layer, x, args)
+        own[key] = found
+    return found
 
 
-def padding_of(layer: Any) -> list[int]:
-    """What a convolution adds at either end of each of its dimensions."""
-    if layer.padding == "same":
-        return [d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    return [0] * len(layer.kernel_size) if layer.padding == "valid" else list(layer.padding)
+def prepared(layer: Any, kernel: Kernel) -> Any:
+    """The layer's weight as that kernel wants it."""
+    weights: dict[str, Any] = layer.ready().setdefault("weights", {})
+    if kernel.name not in weights:
+        weights[kernel.name] = kernel.prepare(layer)
+    return weights[kernel.name]
 
 
-def _qconv2d(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    x_scale: float,
-    zero_point: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    owner = codes if codes._base is None else codes._base
-    packed = _PACKED.get(owner)
-    if packed is None:
-        packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, 0, stride, padding, dilation, groups, None)
-        packed = _PACKED[owner] = packed, torch.zeros(len(codes), dtype=torch.int32)
-    args: Any = (stride, padding, dilation, groups, 1.0, 0, torch.float32, "none", [], None)
-    return torch.ops.onednn.qconv2d_pointwise(x, x_scale, zero_point, packed[0], scale, packed[1], bias, *args)
+def _problem(layer: Any) -> tuple[Any, ...]:
+    """What else the speed of a layer depends on."""
+    spec, ready = layer.spec, layer.ready()
+    own = (spec["bits"], spec["act_bits"], spec["act"], spec["group_size"], spec["kernel"], layer.zero is None)
+    parts = needs_parts(ready["codes"]) if spec["kernel"] == "integer" and HAS_CONV else False
+    return (type(layer), tuple(layer.shape), layer.like.dtype, str(spec["layer"]), parts, *own)
 
 
-def forget(codes: Tensor) -> None:
-    """Drops what was repacked from these codes: they are about to change."""
-    _PACKED.pop(codes, None)
+def _measured(kernels: list[Kernel], layer: Any, x: Tensor, args: tuple[Any, ...]) -> Choice:
+    if len(kernels) == 1:
+        return Choice(kernels[0], {})
+    weights = {kernel.name: kernel.prepare(layer) for kernel in kernels}
+    seconds = dict.fromkeys(weights, math.inf)
+    with torch.no_grad():
+        for repeat in range(_REPEATS + 1):  # the first run also makes what the kernels make at their first
+            for kernel in kernels:
+                if repeat > 1 and seconds[kernel.name] > _LONG:
+                    continue
+                start = time.perf_counter()
+                kernel.run(layer, x, weights[kernel.name], *args)
+                if x.is_cuda:
+                    torch.cuda.synchronize(x.device)
+                taken = time.perf_counter() - start
+                if repeat:
+                    seconds[kernel.name] = min(seconds[kernel.name], taken)
+    fastest = min(kernels, key=lambda kernel: seconds[kernel.name])
+    layer.ready().setdefault("weights", {})[fastest.name] = weights[fastest.name]
+    return Choice(fastest, seconds)
 
 
-qconv2d = torch.library.custom_op("pquant::qconv2d", _qconv2d, mutates_args=())
-
-
-@qconv2d.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    x_scale: float,
-    zero_point: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    shape = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (codes.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    ]
-    empty = x.new_empty((x.shape[0], codes.shape[0], *shape), dtype=torch.float32)
-    return empty.contiguous(memory_format=torch.channels_last)
+def traced_product(layer: Any, x: Tensor) -> Tensor:
+    """The output of a Linear layer with quantized inputs, in operations that `torch.compile` can take apart."""
+    codes = layer.ready()["codes"]
+    if int_mm_runs(codes):
+        return _int_mm(layer, x, codes)
+    return _by_rows(lambda levels, _, weight: int_linear(levels, weight), layer, x, codes)
