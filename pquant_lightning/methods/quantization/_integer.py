@@ -38,7 +38,7 @@ from pquant_lightning.methods.quantization._forms import (
     describe,
     layer_config,
 )
-from pquant_lightning.methods.quantization._kernels import choose, int_conv, prepared, traced_product
+from pquant_lightning.methods.quantization._kernels import compute, int_conv, traced_product
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -155,7 +155,7 @@ class IntLayer(CompressedLayer, stage=Stage.QUANTIZE):
 
     def _prepare(self) -> dict[str, Any]:
         codes = self.weight_codes()
-        found: dict[str, Any] = {"codes": codes}
+        found: dict[str, Any] = {"codes": codes, "choices": {}, "weights": {}}
         if self._grid is not None:
             found["grid"] = self._grid
         if self.spec["kernel"] == "integer":
@@ -240,8 +240,7 @@ class _Computing(IntLayer):
             return result
         if torch.compiler.is_compiling():
             return self.traced(x, *args).to(self.like.dtype)
-        kernel = choose(self, x, *args).kernel
-        return kernel.run(self, x, prepared(self, kernel), *args).to(self.like.dtype)
+        return compute(self, x, *args).to(self.like.dtype)
 
     def traced(self, x: Tensor, *args: Any) -> Tensor:
         """The output in operations that can be compiled: in integers where the layer computes in them."""

@@ -1,7 +1,7 @@
 """The kernels of deployed layers, one row each, and the choice between them, which is measured.
 
 A layer computes what its spec says, by any of the kernels that fit it. Which one is fastest differs between processors,
-shapes and numbers of rows, so the first call of a kind of layer for a number of rows (to the next power of two) times
+shapes and sizes of inputs, so the first call of a kind of layer for inputs of a size (to the next power of two) times
 those that fit, and the process remembers the answer. Products of quantized inputs are exact in every kernel; those of
 unquantized ones differ by what `Kernel.error` states. Under `torch.use_deterministic_algorithms(True)` nothing is
 timed: the first exact kernel of the table that fits is taken.
@@ -124,7 +124,7 @@ def _for_fbgemm(layer: Any) -> tuple[Any, Any]:
     ready = layer.ready()
     bits = layer.spec["act_bits"]
     if "grid" not in ready:
-        return prepare_fbgemm(ready["codes"]), None  # zero points of rows move codes of few bits, too
+        return prepare_fbgemm(ready["codes"], input_bits=bits), None
     return None, prepare_fbgemm(ready["codes"], ready["multiplier"], ready["bias"], bits)
 
 
@@ -233,7 +233,7 @@ KERNELS = (
     Kernel(
         "oneDNN linear",
         lambda layer, x: _multiplies(layer, x) and x.device.type == "cpu" and has_onednn(),
-        lambda layer: prepare_onednn(layer.ready()["codes"]),
+        lambda layer: prepare_onednn(layer.ready()["codes"], layer.spec["act_bits"]),
         lambda layer, x, weight: _by_rows(onednn_product, layer, x, weight),
     ),
     Kernel(
@@ -265,7 +265,7 @@ KERNELS = (
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel for a kind of layer and a number of rows, with the seconds of all that fit; none where only one does."""
+    """A kernel for a kind of layer and a size of inputs, with the seconds of all that fit; none where only one does."""
 
     kernel: Kernel
     seconds: dict[str, float]
@@ -282,13 +282,11 @@ def choose(layer: Any, x: Tensor, *args: Any) -> Choice:
         x: an input; its values do not matter.
         *args: what else its forward takes.
     """
-    ready = layer.ready()
-    rows = x.numel() // max(x.shape[-1] if isinstance(layer, nn.Linear) else x[0].numel(), 1)
     exact = torch.are_deterministic_algorithms_enabled()
-    key = (rows.bit_length(), x.dtype, x.device, torch.get_num_threads(), exact)
-    own: dict[Any, Choice] = ready.setdefault("choices", {})
+    key = (x.numel().bit_length(), x.dtype, x.device, torch.get_num_threads(), exact)
+    own: dict[Any, Choice] = layer.ready()["choices"]
     if (found := own.get(key)) is None:
-        shared = (*key, *_problem(layer), None if isinstance(layer, nn.Linear) else x.shape[1:])
+        shared = (*key, *_problem(layer))
         if (found := _CHOICES.get(shared)) is None:
             fitting = [kernel for kernel in KERNELS if kernel.fits(layer, x)]
             if exact:
@@ -298,9 +296,15 @@ def choose(layer: Any, x: Tensor, *args: Any) -> Choice:
     return found
 
 
+def compute(layer: Any, x: Tensor, *args: Any) -> Tensor:
+    """The output of a deployed layer by the kernel that is fastest here."""
+    kernel = choose(layer, x, *args).kernel
+    return kernel.run(layer, x, prepared(layer, kernel), *args)
+
+
 def prepared(layer: Any, kernel: Kernel) -> Any:
     """The layer's weight as that kernel wants it."""
-    weights: dict[str, Any] = layer.ready().setdefault("weights", {})
+    weights: dict[str, Any] = layer.ready()["weights"]
     if kernel.name not in weights:
         weights[kernel.name] = kernel.prepare(layer)
     return weights[kernel.name]
@@ -332,7 +336,7 @@ def _measured(kernels: list[Kernel], layer: Any, x: Tensor, args: tuple[Any, ...
                 if repeat:
                     seconds[kernel.name] = min(seconds[kernel.name], taken)
     fastest = min(kernels, key=lambda kernel: seconds[kernel.name])
-    layer.ready().setdefault("weights", {})[fastest.name] = weights[fastest.name]
+    layer.ready()["weights"][fastest.name] = weights[fastest.name]
     return Choice(fastest, seconds)
 
 
