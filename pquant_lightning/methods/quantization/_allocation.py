@@ -18,7 +18,7 @@ from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import Candidate, Skip
 from pquant_lightning.core.surgery import replace_layer
 from pquant_lightning.methods.quantization._base import ALL_BITS, QuantizationMethod
-from pquant_lightning.methods.quantization._grids import nearest_codes, weight_grid
+from pquant_lightning.methods.quantization._grids import code_bits, nearest_codes, weight_grid
 from pquant_lightning.methods.quantization._layers import TRAINING_KINDS, QuantLayer
 from pquant_lightning.methods.quantization._sensitivity import Losses, fisher_losses, output_losses
 
@@ -68,7 +68,7 @@ def measure(
             spec = {**spec, "range": "mse"}
         weight, axis = weight_of(layer).detach(), TRAINING_KINDS[type(layer)].axis
         values = blocks(weight, axis, spec["group_size"])
-        codes, scale, zero = nearest_codes(values, weight_grid(values, spec), bits)
+        codes, scale, zero = nearest_codes(values, weight_grid(values, spec), code_bits(spec))
         return dequantize(unblock(codes, weight.shape, axis), scale, axis, zero)
 
     model, layers = _in_ordinary_form(model, layers)

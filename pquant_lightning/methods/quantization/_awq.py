@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pquant_lightning.core.affine import blocks, unblock
 from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.moments import InputMoments, MomentSource
-from pquant_lightning.methods.quantization._grids import nearest_codes, weight_grid
+from pquant_lightning.methods.quantization._grids import code_bits, nearest_codes, weight_grid
 from pquant_lightning.methods.quantization._layers import QuantLayer
 from pquant_lightning.methods.quantization._scaling import Link, by_input, rescale
 
@@ -72,7 +72,7 @@ def output_error(layer: Any, factor: Tensor, moments: InputMoments) -> float:
     spec, factor = layer.spec, by_input(layer, factor)
     weight = layer.weight.detach().float()
     values = blocks(weight * factor, layer.axis, spec["group_size"])
-    codes, scale, zero = nearest_codes(values, weight_grid(values, spec), spec["bits"])
+    codes, scale, zero = nearest_codes(values, weight_grid(values, spec), code_bits(spec))
     levels = codes if zero is None else codes - zero[..., None]
     rounded = unblock(levels * scale[..., None], weight.shape, layer.axis) / factor
     error = (rounded - weight).reshape(len(moments.second), -1, moments.second.shape[-1])

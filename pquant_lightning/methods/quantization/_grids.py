@@ -17,17 +17,26 @@ class Rounded(NamedTuple):
     zero: Tensor | None
 
 
+def code_bits(spec: dict[str, Any]) -> int:
+    """Bits of a weight's codes: those it is stored in, or as many as the spec says where the range is reduced.
+
+    Specs of version 0.1 know no reduced range.
+    """
+    return int(spec.get("code_bits", spec["bits"]))
+
+
 def weight_grid(values: Tensor, spec: dict[str, Any]) -> Grids:
-    """The grid of blocks `(channels, groups, values)`: `range`, `bits` and `zero_point` of the spec."""
+    """The grid of blocks `(channels, groups, values)`: `range`, `zero_point` and the bits of codes of the spec."""
+    bits = code_bits(spec)
     if values.is_meta:
         scale = values.new_empty(values.shape[:2])
         return scale, torch.empty_like(scale) if spec["zero_point"] else None
     if spec["range"] == "hqq":
-        scale, zero = half_quadratic(values, spec["bits"], spec["zero_point"])
+        scale, zero = half_quadratic(values, bits, spec["zero_point"])
     elif spec["zero_point"]:
-        scale, zero = mse_range(values, spec["bits"])
+        scale, zero = mse_range(values, bits)
     else:
-        return (mse_scale if spec["range"] == "mse" else symmetric_scale)(values, spec["bits"]), None
+        return (mse_scale if spec["range"] == "mse" else symmetric_scale)(values, bits), None
     return scale, None if zero is None else zero.half().float()  # as it is stored
 
 

@@ -40,7 +40,7 @@ from pquant_lightning.methods.quantization._forms import (
     describe,
     layer_config,
 )
-from pquant_lightning.methods.quantization._grids import Rounded, nearest_codes, weight_grid
+from pquant_lightning.methods.quantization._grids import Rounded, code_bits, nearest_codes, weight_grid
 
 _ROUNDED = ("rounded_codes", "rounded_scale", "rounded_zero")  # in a state dict, where there is a rounded weight
 RANGE_MOMENTUM = 0.01  # of the moving average of the inputs' minimum and maximum, as in torch's observers
@@ -49,7 +49,8 @@ RANGE_MOMENTUM = 0.01  # of the moving average of the inputs' minimum and maximu
 class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
     """Base of the training form. What its spec says:
 
-    * `bits`, `act_bits`: of weights and inputs in the end; 16 leaves them alone. `act`: "static" or "dynamic" grids, or
+    * `bits`, `act_bits`: of weights and inputs in the end; 16 leaves them alone. `code_bits`: of the weight's codes
+      where they are fewer than those that it is stored in. `act`: "static" or "dynamic" grids, or
       None for inputs in floating point. `kernel`: "integer", or why not.
     * `trains`: whether the forward rounds. `weight_quantizer`: "ste", or "lsq" with a learned `weight_scale`
       `(channels, 1)`. `act_quantizer`: "ste" over a moving `act_range`, or "lsq" or "pact" with a learned `act_scale`.
@@ -203,9 +204,13 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
             self._cache = (key, make_grid(*affine_scale(self.act_range[0], self.act_range[1], bits), bits))
         return self._cache[1]
 
+    def _code_bits(self, bits: int) -> int:
+        """Bits of the weight's codes while so many bits are in force."""
+        return code_bits(self.spec) if bits == self.spec["bits"] else bits
+
     def quantized_weight(self) -> Tensor:
         """The weight on the grid in force."""
-        bits = self._bits[0]
+        bits = self._code_bits(self._bits[0])
         if self.training:
             self.rounded = None
         if hasattr(self, "weight_scale"):
@@ -265,7 +270,7 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
         old_act = self.spec["act_bits"] if old_act == FLOAT else old_act
         with torch.no_grad():
             if hasattr(self, "weight_scale") and weight_bits not in (old_weight, FLOAT):
-                self.weight_scale.copy_(mse_scale(blocks(self.weight, self.axis), weight_bits))
+                self.weight_scale.copy_(mse_scale(blocks(self.weight, self.axis), self._code_bits(weight_bits)))
             if hasattr(self, "act_scale") and act_bits not in (old_act, FLOAT):
                 ratio = (2**old_act - 1) / (2**act_bits - 1)
                 self.act_scale.mul_(ratio)
@@ -335,9 +340,9 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
         values = blocks(self.weight.detach(), self.axis, self.spec["group_size"])
         if hasattr(self, "weight_scale"):
             scale = self.weight_scale.detach().float().abs().clamp_min(torch.finfo(torch.float32).tiny)
-            codes, scale, zero = nearest_codes(values, (scale, None), self.spec["bits"])
+            codes, scale, zero = nearest_codes(values, (scale, None), code_bits(self.spec))
         else:
-            codes, scale, zero = nearest_codes(values, weight_grid(values, self.spec), self.spec["bits"])
+            codes, scale, zero = nearest_codes(values, weight_grid(values, self.spec), code_bits(self.spec))
         return Rounded(unblock(codes, self.weight.shape, self.axis).to(torch.int8), scale, zero)
 
     def follow_resized(self, kept: Mapping[int, Tensor]) -> None:

@@ -13,7 +13,7 @@ from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.moments import InputMoments, MomentSource
 from pquant_lightning.methods.quantization._adaround import adaround_codes
 from pquant_lightning.methods.quantization._gptq import gptq_codes
-from pquant_lightning.methods.quantization._grids import Rounded, weight_grid
+from pquant_lightning.methods.quantization._grids import Rounded, code_bits, weight_grid
 from pquant_lightning.methods.quantization._layers import QuantLayer
 
 log = logging.getLogger(__name__)
@@ -76,9 +76,9 @@ def _alike(layers: dict[str, QuantLayer]) -> list[list[str]]:
     """Names of layers that can be rounded together: equal shapes and grids, as many as keep memory bounded."""
     found: dict[Any, list[str]] = defaultdict(list)
     for name, layer in layers.items():
-        keys = ("bits", "group_size", "zero_point")
+        keys = ("group_size", "zero_point")
         shape = (layer.weight.shape[0], layer.weight[0].numel(), getattr(layer, "groups", 1))
-        found[(*shape, layer.weight.device, *(layer.spec[key] for key in keys))].append(name)
+        found[(*shape, layer.weight.device, code_bits(layer.spec), *(layer.spec[key] for key in keys))].append(name)
     batches = []
     for (_, inputs, groups, *_), names in found.items():
         size = max(1, _BATCH_BYTES // (4 * groups * inputs**2))
@@ -97,7 +97,7 @@ def _round(layers: list[QuantLayer], moments: list[InputMoments], options: DataR
     def each(tensor: Any) -> Any:  # (layers * out, ...) to (layers * groups, out / groups, ...)
         return None if tensor is None else tensor.flatten(1).unflatten(0, (len(layers) * groups, -1))
 
-    problem = (each(values), moment, each(scale), each(zero), spec["bits"])
+    problem = (each(values), moment, each(scale), each(zero), code_bits(spec))
     learned = spec["rounding"] == "adaround"
     codes = adaround_codes(*problem) if learned else gptq_codes(*problem, options.act_order, options.damping)
     parts = codes.flatten(0, 1).chunk(len(layers))
