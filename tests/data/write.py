@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pquant_lightning as pq
+from pquant_lightning.core.compressed_layer import read_specs
+from pquant_lightning.core.serialization import read_artifact, read_checkpoint
 from tests.data.models import MODELS
 from tests.models import quiet_trainer
 
@@ -113,6 +115,19 @@ def write_stacks(directory: Path) -> dict[str, Tensor]:
     return outputs
 
 
+def specs_in(path: Path) -> dict[str, dict[str, Any]]:
+    """The specs in a file of either form."""
+    if path.suffix == ".json" or path.name == "outputs.safetensors":
+        return {}
+    state = read_artifact(path)[0] if path.suffix == ".safetensors" else read_checkpoint(path)
+    return read_specs(state.get("state_dict", state))
+
+
+def own_kinds() -> set[str]:
+    """The package's kinds of layers."""
+    return {name for name, kind in pq.CompressedLayer.kinds.items() if kind.__module__.startswith("pquant_lightning.")}
+
+
 def main() -> None:
     """Writes all files and `models.json`, the model of each."""
     with tempfile.TemporaryDirectory() as place:
@@ -120,6 +135,9 @@ def main() -> None:
         save_file({**write_layers(directory), **write_stacks(directory)}, directory / "outputs.safetensors")
         models = {**dict.fromkeys(LAYERS, "branches"), **{name: model for name, (model, _) in STACKS.items()}}
         (directory / "models.json").write_text(json.dumps(models, indent=1) + "\n")
+        kinds = {spec["kind"] for path in directory.iterdir() for spec in specs_in(path).values()}
+        if missing := sorted(own_kinds() - kinds):
+            raise SystemExit(f"No file has a layer of the kinds {', '.join(missing)}: add a row for each.")
         shutil.make_archive(str(Path(__file__).parent / pq.__version__), "zip", directory)
 
 

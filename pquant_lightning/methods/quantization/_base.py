@@ -198,7 +198,7 @@ class QuantizationMethod(LayerMethod):
         spec.update(self.layer_options(layer, spec, context))
         reason = why_no_kernel(layer, spec["act_bits"], spec["group_size"])
         spec["kernel"] = "integer" if reason is None else f"dequantize: {reason}"
-        if self.reduce_range and reason is None and (spec["bits"], spec["act_bits"]) == (8, 8):
+        if self.reduce_range and reason is None and (spec["bits"], spec["act_bits"]) == (8, 8) and not sharing:
             spec["code_bits"] = 7
         return spec
 

@@ -38,7 +38,7 @@ from pquant_lightning.methods.quantization._forms import (
     describe,
     layer_config,
 )
-from pquant_lightning.methods.quantization._kernels import compute, int_conv, traced_product
+from pquant_lightning.methods.quantization._kernels import compute, convolution, traced_product
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -254,9 +254,7 @@ class _Convolving(_Computing):
     def traced(self, x: Tensor, *args: Any) -> Tensor:
         if self.spec["kernel"] != "integer" or x.device.type != "cpu" or x.dim() != len(self.shape):
             return super().traced(x, *args)
-        ready = self.ready()
-        weights = (ready["codes"], ready["scale"], ready["bias"])
-        return int_conv(x, self, *weights, ready.get("grid"), self.spec["act_bits"])
+        return convolution(self, x)
 
     def _dynamic_input(self, x: Tensor, bits: int) -> Tensor:
         """Symmetric over each sample, since padding must stay zero."""

@@ -81,8 +81,7 @@ class Kernel:
 
 def _multiplies(layer: Any, x: Tensor) -> bool:
     """Whether this is a Linear layer with quantized inputs and a scale per output, whose sums fit into 32 bits."""
-    computes = layer.spec["kernel"] == "integer" and isinstance(layer, nn.Linear)
-    return computes and layer.in_features <= LONGEST_SUM
+    return bool(layer.spec["kernel"] == "integer" and isinstance(layer, nn.Linear) and layer.in_features <= LONGEST_SUM)
 
 
 def _by_rows(product: Callable[[Tensor, int, Any], Tensor], layer: Any, x: Tensor, weight: Any) -> Tensor:
@@ -128,6 +127,13 @@ def _for_fbgemm(layer: Any) -> tuple[Any, Any]:
     return None, prepare_fbgemm(ready["codes"], ready["multiplier"], ready["bias"], bits)
 
 
+def convolution(layer: Any, x: Tensor) -> Tensor:
+    """The output of a convolution of integers."""
+    ready = layer.ready()
+    codes, scale, bias = ready["codes"], ready["scale"], ready["bias"]
+    return int_conv(x, layer, codes, scale, bias, ready.get("grid"), layer.spec["act_bits"])
+
+
 # -- unquantized inputs times an integer weight ----------------------------------------------------------------------
 
 _PARTS, _BITS = 3, 7  # an input as three digits of seven bits: 21 bits, nearly the 24 of float32
@@ -169,12 +175,11 @@ def _for_digits(layer: Any) -> Any:
 
 
 def _takes_digits(layer: Any, x: Tensor) -> bool:
-    alone = isinstance(layer, nn.Linear) and layer.spec["act"] is None and layer.scale.shape[1] == 1
-    return alone and x.device.type == "cpu" and has_fbgemm() and x.dtype != torch.float64 and _short(layer)
-
-
-def _short(layer: Any) -> bool:
-    return layer.in_features <= LONGEST_SUM
+    spec = layer.spec
+    if not isinstance(layer, nn.Linear) or spec["act"] is not None or spec["group_size"] is not None:
+        return False
+    runs = x.device.type == "cpu" and has_fbgemm() and x.dtype != torch.float64
+    return runs and layer.in_features <= LONGEST_SUM
 
 
 _PACKED_GROUPS = (32, 64, 128, 256)  # of torch's product with 4-bit weights
@@ -182,9 +187,10 @@ _PACKED_GROUPS = (32, 64, 128, 256)  # of torch's product with 4-bit weights
 
 def _takes_four_bits(layer: Any, x: Tensor) -> bool:
     spec = layer.spec
-    fits = isinstance(layer, nn.Linear) and spec["act"] is None and spec["bits"] <= 4 and not layer.out_features % 16
+    if not isinstance(layer, nn.Linear) or spec["act"] is not None or spec["group_size"] not in _PACKED_GROUPS:
+        return False
     known = hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") and x.device.type == "cpu"
-    return fits and known and spec["group_size"] in _PACKED_GROUPS and x.dtype != torch.float64
+    return bool(known and spec["bits"] <= 4 and layer.out_features % 16 == 0 and x.dtype != torch.float64)
 
 
 def _for_four_bits(layer: Any) -> Any:
@@ -245,14 +251,8 @@ KERNELS = (
             and x.device.type == "cpu"
             and x.dim() == len(layer.shape)
         ),
-        lambda layer: None,
-        lambda layer, x, _: int_conv(
-            x,
-            layer,
-            *(layer.ready()[key] for key in ("codes", "scale", "bias")),
-            layer.ready().get("grid"),
-            layer.spec["act_bits"],
-        ),
+        lambda layer: None,  # its weights are packed at the first call, when the window is known
+        lambda layer, x, _: convolution(layer, x),
     ),
     Kernel("inputs in three digits, fbgemm", _takes_digits, _for_digits, _digits, error=1e-5),
     Kernel("4-bit weights in bfloat16", _takes_four_bits, _for_four_bits, _four_bits, error=4e-3),
