@@ -16,10 +16,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Ids = numpy.ndarray[Any, numpy.dtype[numpy.int64]]
 
-PICKED = "is picked by its place"
-MERGED = "is merged with another dimension"
-FIXED_SIZE = "runs along with something of fixed size (an input, a constant)"
-HEAD_WIDTH = "is the width of a head"
+# why channels stay; each is read after "left alone, "
+PICKED = "the model's code picks single ones of them by their number"
+MERGED = "a reshape merges them with another dimension"
+FIXED_SIZE = "they are combined with something whose size is fixed: an input, a buffer or a constant"
+HEAD_WIDTH = "they are the width of a head"
+MIXED = "they are mixed with another dimension"
 
 
 class Identities:
@@ -32,6 +34,7 @@ class Identities:
     def __init__(self) -> None:
         self._parents: Ids = numpy.zeros(1024, numpy.int64)
         self._soft = numpy.zeros(1024, bool)  # by root
+        self._read = numpy.zeros(1024, bool)  # by root
         self._reason = numpy.zeros(1024, numpy.int64)  # by root: a place in `_reasons`
         self._reasons: list[str | None] = [None]
         self._count = 0
@@ -43,6 +46,7 @@ class Identities:
             self._parents = numpy.concatenate([self._parents, numpy.zeros(self._count, numpy.int64)])
             self._reason = numpy.concatenate([self._reason, numpy.zeros(self._count, numpy.int64)])
             self._soft = numpy.concatenate([self._soft, numpy.zeros(self._count, bool)])
+            self._read = numpy.concatenate([self._read, numpy.zeros(self._count, bool)])
         ids = numpy.arange(first, self._count)
         self._parents[ids], self._soft[ids] = ids, soft
         return ids
@@ -83,6 +87,7 @@ class Identities:
         """Puts classes, each named once, under others that are none of them; the first reason counts."""
         self._parents[gone] = keep
         numpy.logical_and.at(self._soft, keep, self._soft[gone])
+        numpy.logical_or.at(self._read, keep, self._read[gone])
         fixed = (self._reason[gone] > 0) & (self._reason[keep] == 0)
         self._reason[keep[fixed]] = self._reason[gone[fixed]]
 
@@ -94,6 +99,14 @@ class Identities:
             if reason not in self._reasons:
                 self._reasons.append(reason)
             self._reason[roots] = self._reasons.index(reason)
+
+    def read(self, nodes: Ids) -> None:
+        """A product sums over these, so that what they hold matters."""
+        self._read[self.roots(nodes)] = True
+
+    def is_read(self, root: int) -> bool:
+        """Whether a product sums over an index of this class."""
+        return bool(self._read[root])
 
     def reason(self, root: int) -> str | None:
         """Why a class is fixed; None where it is not."""
@@ -250,7 +263,7 @@ class Labelling:
             small, large = sorted((block, other), key=lambda b: len(b.dims))
             rest: Labels = [small]
             for dim in set(small.dims) - set(large.dims):
-                rest = self.collapse(rest, dim, "is mixed with another dimension")
+                rest = self.collapse(rest, dim, MIXED)
             if not rest:
                 block = large
                 continue
@@ -290,6 +303,7 @@ class Labelling:
             self.ids.join(left, left[:, :1])  # what else the blocks run over shares these indices
             self.ids.join(right, right[:, :1])
             self.ids.join(left[:, 0], right[:, 0])
+            self.ids.read(left[:, 0])
         return self.summed(one, first), self.summed(other, second)
 
     def _shared(self, x: Block, other: Labels, batch: Sequence[tuple[int, int]]) -> list[int]:
@@ -316,7 +330,7 @@ class Labelling:
         block = block_at(labels, dim)
         if block is not None and len(block.dims) == 1:
             return [other for other in labels if other is not block]
-        return self.collapse(labels, dim, "is summed over")
+        return self.collapse(labels, dim, "a sum runs over them")
 
     # -- shapes ------------------------------------------------------------------------------------------------------
 

@@ -28,12 +28,13 @@ from pquant_lightning.core.channel_views import KERNEL, LOOKED_UP, argument, fre
 
 Rule = Callable[[Labelling, Any, Any, Any], list[Labels]]
 
-GROUP_WIDTH = "is the width of a group"
-NORMALIZED = "is normalized over all its channels"
-SUMMED = "is summed, averaged or compared over all its channels"
-RANKED = "is ranked"
-WEIGHT_NORM = "is divided by its own norm"
-SOFTMAX = "is normalized by a softmax"
+GROUP_WIDTH = "they are the width of a group"
+NORMALIZED = "a norm takes its mean and variance over all of them, and these would change without some"
+SUMMED = "a sum, mean or maximum is taken over all of them (as an RMS norm does), and it would change without some"
+RANKED = "they are sorted, or the largest of them are chosen"
+WEIGHT_NORM = "the weight of each is divided by its own norm (weight_norm), and none can be zero"
+SOFTMAX = "a softmax runs over them, in which a zero has a share too"
+CUMULATED = "a running sum or product goes along them"
 
 
 def name_of(func: Any) -> str:
@@ -82,7 +83,7 @@ def _over(t: Labelling, labels: Labels, shape: Sequence[int], dims: Sequence[int
     """The labels without those over some dimensions, and these as one array; what is not labelled is fixed."""
     labels, block = t.single(labels, dims)
     for other in () if block is None else [d for d in block.dims if d not in dims]:
-        labels = t.collapse(labels, other, "is joined with something unlike")
+        labels = t.collapse(labels, other, "they are concatenated with something of another structure")
     block = next((b for b in labels if set(b.dims) & set(dims)), None)
     if block is None:
         block = Block((dim,), t.ids.fresh(shape[dim]))
@@ -210,7 +211,7 @@ def _grouped_mm(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[La
     a, b = args[:2]
     if a.dim() != 2 or b.dim() != 3:
         for x in (a, b):
-            t.fix(t.of(x), "the operation _grouped_mm is not followed for these shapes")
+            t.fix(t.of(x), "_grouped_mm is applied to them in shapes that are not followed")
         return [[]]
     first, second = t.contract(t.of(a), 1, t.of(b), 1)
     second = t.collapse(second, 0, LOOKED_UP)
@@ -223,7 +224,7 @@ def _convolution(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[L
     labels, given = t.of(weight), t.of(x)
     for dim in range(2, weight.dim()):
         labels = t.collapse(labels, dim, KERNEL)
-        given = t.collapse(given, dim, "is a place in an image")
+        given = t.collapse(given, dim, "they are places in an image")
     into, out = (0, 1) if transposed else (1, 0)
     outputs = block_at(labels, out)
     if groups == 1:
@@ -319,7 +320,7 @@ _RULES: dict[str, Rule] = _rows(
     (_extreme, "max min"),
     (_norm, "linalg_vector_norm"),
     (_along(1, -1, SOFTMAX), "_softmax _log_softmax _safe_softmax"),
-    (_along(1, -1, "is summed up along its channels"), "cumsum cumprod logcumsumexp"),
+    (_along(1, -1, CUMULATED), "cumsum cumprod logcumsumexp"),
     (_along(2, -1, RANKED), "topk"),
     (_along(1, -1, RANKED), "sort argsort"),
     (_mm, "mm addmm"),

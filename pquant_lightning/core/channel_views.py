@@ -10,8 +10,11 @@ from torch import Tensor
 from pquant_lightning.core.channel_labels import Block, Labelling, Labels, Operand, block_at, moved, take
 from pquant_lightning.core.graph import tensors_in
 
-KERNEL = "is a place in a kernel"
-LOOKED_UP = "is looked up by index"
+KERNEL = "they are places in a kernel"
+LOOKED_UP = "they are looked up by index"
+PLACE_IN_PIXEL = "they are places in a pixel (pixel_shuffle)"
+TOLD_APART = "the model's code tells them apart by their number (tril, roll, flip)"
+WINDOWS = "they are seen through sliding windows"
 
 
 def tensors_of(values: Any) -> list[Tensor]:
@@ -49,7 +52,7 @@ def same_sizes(t: Labelling, x: Tensor, out: Tensor) -> Labels:
     labels = t.of(x)
     for dim in range(x.dim()):
         if dim >= out.dim() or x.shape[dim] != out.shape[dim]:
-            labels = t.collapse(labels, dim, "changes its size")
+            labels = t.collapse(labels, dim, "padding, pooling or resizing changes how many they are")
     return labels
 
 
@@ -74,7 +77,7 @@ def as_strided(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Lab
     """Followed only where it changes no element's place, as after a mean over an image."""
     if list(args[0].shape) == list(result.shape) and result.squeeze().is_contiguous():
         return [t.of(args[0])]
-    t.fix(t.of(args[0]), "is seen through new strides")
+    t.fix(t.of(args[0]), "they are seen through new strides (as_strided)")
     return [[]]
 
 
@@ -140,7 +143,7 @@ def unbind(t: Labelling, args: Any, kwargs: Any, result: Any) -> list[Labels]:
 
 def unfold(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Labels]:
     """`Tensor.unfold`: windows along a dimension."""
-    return [t.collapse(t.of(args[0]), args[1] % args[0].dim(), "is seen through windows")]
+    return [t.collapse(t.of(args[0]), args[1] % args[0].dim(), WINDOWS)]
 
 
 def windows(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Labels]:
@@ -148,7 +151,7 @@ def windows(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Labels
     x = args[0]
     labels = t.of(x)
     for dim in range(2, x.dim()):
-        labels = t.collapse(labels, dim, "is seen through windows")
+        labels = t.collapse(labels, dim, WINDOWS)
     if x.dim() == 4:
         return [tiled(labels, 1, result.shape[1] // x.shape[1])]
     labels = t.reshape(labels, x.shape[:2], [x.shape[0], result.shape[1], x.shape[1] // result.shape[1]])
@@ -167,7 +170,7 @@ def pixel_shuffle(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[
     wide = [*batch, channels // factor**2, factor, factor, height, width]
     labels = t.reshape(t.of(x), x.shape, wide)
     for dim in (first + 1, first + 2):
-        labels = t.collapse(labels, dim, "is a place in a pixel")
+        labels = t.collapse(labels, dim, PLACE_IN_PIXEL)
     place = {first: first, first + 3: first + 1, first + 4: first + 2}
     return [t.merge([(moved(labels, lambda dim: place.get(dim, dim)), result.shape)], result.shape)]
 
@@ -184,7 +187,7 @@ def pixel_unshuffle(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> lis
     x, factor = args
     labels = t.of(x)
     for dim in (x.dim() - 1, x.dim() - 2):
-        labels = t.collapse(labels, dim, "is a place in a pixel")
+        labels = t.collapse(labels, dim, PLACE_IN_PIXEL)
     return [tiled(labels, x.dim() - 3, factor**2)]
 
 
@@ -192,7 +195,7 @@ def positional(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Lab
     """`tril` and `triu`: what is at a place depends on its number."""
     labels = t.of(args[0])
     for dim in (result.dim() - 1, result.dim() - 2):
-        labels = t.collapse(labels, dim, "is told apart by its place")
+        labels = t.collapse(labels, dim, TOLD_APART)
     return [labels]
 
 
@@ -200,7 +203,7 @@ def rolled(t: Labelling, args: Any, kwargs: Any, result: Tensor) -> list[Labels]
     """`roll` (x, shifts, dims) and `flip` (x, dims)."""
     labels = t.of(args[0])
     for dim in args[-1] if len(args) > 1 and args[-1] else range(result.dim()):
-        labels = t.collapse(labels, dim % result.dim(), "is told apart by its place")
+        labels = t.collapse(labels, dim % result.dim(), TOLD_APART)
     return [labels]
 
 

@@ -1,11 +1,12 @@
-"""Which channels belong together: found by running the model once and following every index of every dimension.
+"""Which channels belong together: found by running the model and following every index of every dimension.
 
 Each parameter gives an identity to every index of each of its dimensions. While the model runs on an example, the
 identities are carried through every operation that torch really executes (a `TorchDispatchMode`), so that any Python in
 a `forward` is fine: an addition makes the channels it adds one, a matrix product joins the columns of a weight to the
 channels it reads, a reshape into heads keeps the identity of each element. Where an operation mixes what it is given
-(softmax, layer norm) or something of fixed size is met (the model's inputs, positions), the channels along that
-dimension become one, and where nothing is left to choose, they are fixed, with the reason. What remains are units:
+(softmax, layer norm) or something of fixed size is met (the model's inputs, buffers), the channels along that dimension
+become one, and where nothing is left to choose, they are fixed, with the reason. What no product sums over is fixed
+too: nobody has seen it used, as with the rows of a table for positions behind the last token. What remains are units:
 slices of parameters that can only go together, such as a channel, a hidden neuron, or an attention head with its keys,
 values and outputs.
 """
@@ -36,8 +37,9 @@ from pquant_lightning.core.channel_rules import (
 from pquant_lightning.core.channel_views import KERNEL, LOOKED_UP, tensors_of
 from pquant_lightning.core.graph import tensors_in
 
-OUTPUT = "is an output of the model"
-STOCK_ATTENTION = "belongs to nn.MultiheadAttention, whose code asks for all of its heads and channels"
+OUTPUT = "they are outputs of the model, whose width stays"
+STOCK_ATTENTION = "they belong to nn.MultiheadAttention, whose code asks for all of its heads and channels"
+UNREAD = "no layer reads them in the example, as with the rows of a table for later positions"
 
 _NO_CHANNELS = {KERNEL, LOOKED_UP, GROUP_WIDTH, HEAD_WIDTH}
 _ENDS = {OUTPUT, FIXED_SIZE, RANKED, SOFTMAX, WEIGHT_NORM, MERGED, STOCK_ATTENTION}  # where one layer alone has them
@@ -80,7 +82,9 @@ class Group:
 
 
 def find_groups(model: nn.Module, samples: Samples) -> list[Group]:
-    """The groups of channels of a model, found on the first two samples; free ones first.
+    """The groups of channels of a model, found on the first two samples of each batch; free ones first.
+
+    What holds for one batch holds for all: batches of other lengths show which sizes are none of the model's own.
 
     Dimensions that never had more than one choice (kernels, look-up tables, the width of a head, the model's inputs and
     outputs where one layer alone has them) are no groups. Parameters that the example does not reach are left out.
@@ -89,7 +93,7 @@ def find_groups(model: nn.Module, samples: Samples) -> list[Group]:
         CalibrationError: the model cannot be run on them.
     """
     tracer = _Tracer(model)
-    few = Samples((first_samples(samples.batches[0], 2),), samples.run)
+    few = Samples(tuple(first_samples(batch, 2) for batch in samples.batches), samples.run)
     with _plain_kernels(), tracer:
         for output in run_samples(model, few):
             for tensor in tensors_in(output):
@@ -158,7 +162,9 @@ class _Tracer(DispatchMode):  # type: ignore[misc]
             found = rule(self.labelling, args, kwargs, result)
         else:
             for labels in held:
-                self.labelling.fix(labels, f"meets the operation {name}, which is not followed")
+                self.labelling.fix(
+                    labels, f"{name} is applied to them, and what that does to single channels is not known"
+                )
             found = [[] for _ in outputs]
         for tensor, labels in zip(outputs, found, strict=True):
             self.labelling.put(tensor, labels)
@@ -186,7 +192,9 @@ def _grouped(tracer: _Tracer) -> list[Group]:
     starts = numpy.flatnonzero(numpy.diff(rows[0], prepend=-1))
     alike: dict[tuple[bytes, str | None], list[int]] = defaultdict(list)
     for start, end in zip(starts.tolist(), [*starts[1:].tolist(), rows.shape[1]], strict=True):
-        alike[rows[1, start:end].tobytes(), ids.reason(rows[0, start])].append(start)
+        root = int(rows[0, start])
+        reason = ids.reason(root) or (None if ids.is_read(root) else UNREAD)
+        alike[rows[1, start:end].tobytes(), reason].append(start)
     groups = []
     for (signature, fixed), firsts in alike.items():
         if fixed in _NO_CHANNELS:

@@ -7,12 +7,11 @@ import pytest
 from torch import nn
 
 from pquant_lightning.core.calibration import Samples, run_forward
+from pquant_lightning.core.channel_labels import FIXED_SIZE
+from pquant_lightning.core.channel_rules import NORMALIZED
+from pquant_lightning.core.channel_rules import SUMMED as REDUCED
 from pquant_lightning.core.channels import Group, find_groups
 from tests import zoo
-
-NORMALIZED = "is normalized over all its channels"
-REDUCED = "is summed, averaged or compared over all its channels"
-FIXED_SIZE = "runs along with something of fixed size (an input, a constant)"
 
 # model: free groups, and why the others are not
 GROUPS: dict[str, tuple[int, dict[str, int]]] = {

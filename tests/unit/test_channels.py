@@ -12,15 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pquant_lightning.core.calibration import Samples, run_forward
-from pquant_lightning.core.channel_labels import segments
-from pquant_lightning.core.channels import Group, find_groups
+from pquant_lightning.core.channel_labels import FIXED_SIZE, PICKED, segments
+from pquant_lightning.core.channel_rules import NORMALIZED, SOFTMAX, WEIGHT_NORM
+from pquant_lightning.core.channel_rules import SUMMED as REDUCED
+from pquant_lightning.core.channels import OUTPUT, Group, find_groups
+from pquant_lightning.core.channels import STOCK_ATTENTION as HEADS
 from pquant_lightning.core.errors import CalibrationError
-
-FIXED_SIZE = "runs along with something of fixed size (an input, a constant)"
-NORMALIZED = "is normalized over all its channels"
-REDUCED = "is summed, averaged or compared over all its channels"
-OUTPUT = "is an output of the model"
-HEADS = "belongs to nn.MultiheadAttention, whose code asks for all of its heads and channels"
 
 
 class Net(nn.Module):
@@ -330,7 +327,10 @@ CASES = {
         ),
         (2, 3, 6, 6),
         {},
-        {"c.bias:0 c.weight:0 o.weight:1": FIXED_SIZE, "c.weight:1 i.bias:0 i.weight:0": "changes its size"},
+        {
+            "c.bias:0 c.weight:0 o.weight:1": FIXED_SIZE,
+            "c.weight:1 i.bias:0 i.weight:0": "padding, pooling or resizing changes how many they are",
+        },
     ),
     "attention": Case(attention(), (2, 5, 32), {_WHOLE_HEADS: 4}, halved={"a.heads": 2, "a.keys": 2}),
     "attention by matrix products": Case(
@@ -443,7 +443,7 @@ CASES = {
         ),
         (4, 8),
         {},
-        {"i.bias:0 i.weight:0 o.weight:1": "is picked by its place"},
+        {"i.bias:0 i.weight:0 o.weight:1": PICKED},
     ),
     "a channel picked for its shape": Case(
         net(lambda m, x: (lambda h: m.o(h) + len(h[:, 0]))(m.i(x)), i=linear(8, 16), o=linear(16, 4)),
@@ -454,13 +454,13 @@ CASES = {
         net(lambda m, x: m.o(m.i(x).softmax(-1)), i=linear(8, 16), o=linear(16, 4)),
         (4, 8),
         {},
-        {"i.bias:0 i.weight:0 o.weight:1": "is normalized by a softmax"},
+        {"i.bias:0 i.weight:0 o.weight:1": SOFTMAX},
     ),
     "an operation that is not followed": Case(
         net(lambda m, x: m.o(torch.fft.rfft(m.i(x)).real), i=linear(8, 16), o=linear(9, 4)),
         (4, 8),
         {},
-        {"i.bias:0 i.weight:0": "meets the operation _fft_r2c, which is not followed"},
+        {"i.bias:0 i.weight:0": "_fft_r2c is applied to them, and what that does to single channels is not known"},
     ),
     "weight norm": Case(
         net(
@@ -473,7 +473,7 @@ CASES = {
         {"h.parametrizations.weight.original1:1 i.bias:0 i.weight:0": 16},
         {
             "h.bias:0 h.parametrizations.weight.original0:0 h.parametrizations.weight.original1:0 "
-            "o.weight:1": "is divided by its own norm"
+            "o.weight:1": WEIGHT_NORM
         },
     ),
     "tied weights": Case(
