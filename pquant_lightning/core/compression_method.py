@@ -502,12 +502,20 @@ class Selection:
     """`include` and `exclude` of a method on one model: a layer's name to the reason why it is left out, or None.
 
     A pattern that matches a module speaks for everything inside it.
+
+    Args:
+        method: whose patterns they are.
+        model: that has the names.
+        parameters: patterns match names of parameters too.
+
+    Raises:
+        ModelError: a pattern matches nothing.
     """
 
-    def __init__(self, method: CompressionMethod, model: nn.Module) -> None:
+    def __init__(self, method: CompressionMethod, model: nn.Module, parameters: bool = False) -> None:
         self.include, self.exclude = method.include, method.exclude or []
-        check_patterns(model, "include", self.include or [])
-        check_patterns(model, "exclude", self.exclude)
+        check_patterns(model, "include", self.include or [], parameters)
+        check_patterns(model, "exclude", self.exclude, parameters)
 
     def __call__(self, name: str) -> str | None:
         if pattern := next((p for p in self.exclude if matches(name, p)), None):
@@ -546,16 +554,18 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(parts[: depth + 1]), pattern) for depth in range(len(parts)))
 
 
-def check_patterns(model: nn.Module, option: str, patterns: Iterable[str]) -> None:
-    """Checks that each pattern matches a module.
+def check_patterns(model: nn.Module, option: str, patterns: Iterable[str], parameters: bool = False) -> None:
+    """Checks that each pattern matches a module, or where these are meant too, a parameter.
 
     Raises:
         ModelError: one does not.
     """
     names = [name for name, _ in model.named_modules() if name]
+    names += [name for name, _ in model.named_parameters(remove_duplicate=False)] if parameters else []
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ModelError(f"The {option} pattern {pattern!r} matches no layer. {known(pattern, names)}")
+            what = "no layer and no parameter" if parameters else "no layer"
+            raise ModelError(f"The {option} pattern {pattern!r} matches {what}. {known(pattern, names)}")
 
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:

@@ -139,7 +139,7 @@ class CompressionPlan:
 
     def __str__(self) -> str:
         lines = [f"{self.method} plan: {len(self.layers)} layers to change, {len(self.skipped)} left alone"]
-        hidden = ("version", "by", "layer", "parts", "follow")
+        hidden = ("version", "by", "layer", "parts", "follow", "lengths")
         for layer in self.layers:
             choice = ", ".join(f"{key}={value}" for key, value in layer.spec.items() if key not in hidden)
             lines.append(f"  {layer.name}: {choice}")

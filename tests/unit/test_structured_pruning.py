@@ -198,7 +198,7 @@ def test_patterns_choose_groups() -> None:
     net = conv_net()
     assert pruned(net, include=["0"])[3].out_channels == 64
     assert pruned(net, exclude=["0"])[0].out_channels == 32
-    with pytest.raises(ModelError, match="matches no layer"):
+    with pytest.raises(ModelError, match="matches no layer and no parameter"):
         pruned(net, include=["first"])
 
 

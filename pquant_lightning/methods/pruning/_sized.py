@@ -30,13 +30,15 @@ from pquant_lightning.core.structure import (
 )
 
 Removed = list[list[int]]  # for each group the units that are zero, and go when the model is deployed
+Lengths = dict[str, tuple[str, int]]  # by attribute, the tensor and the dimension of it whose length it is
 
 
 class Sized(CompressedLayer, stage=Stage.MASK):
     """An ordinary layer that carries the model's groups of channels in `spec["group"]`.
 
     The group holds `by`, who made it; for each group of channels `parts`, the indices of each of its units along a
-    dimension of a tensor, and `follow`, names of attributes that count its units, by module; `removed`, the units that
+    dimension of a tensor, `follow`, names of attributes that count its units, by module, and `lengths`, those that
+    are the length of a tensor of their module, with its name and dimension; `removed`, the units that
     are zero and go when the model is deployed; and of those that are gone, the shapes of `tensors` and the values of
     `attributes`, each before and now.
     """
@@ -108,11 +110,14 @@ class Units:
 
     Attributes:
         parts: tensors by name, with a dimension and the indices of each unit along it, int64 `(units, width)`.
-        follow: names of integer attributes that count the units, by module.
+        follow: names of integer attributes that are a multiple of the number of units, by module.
+        lengths: integer attributes that are the length of one of their module's own tensors, by module; None in files
+            of old releases, which took every equal number for a length.
     """
 
     parts: tuple[tuple[str, int, Tensor], ...]
     follow: dict[str, list[str]]
+    lengths: dict[str, Lengths] | None
 
     @property
     def count(self) -> int:
@@ -154,14 +159,37 @@ def _decoded(name: str, group: Mapping[str, Any]) -> list[Units]:
                 for part in parts
             ),
             {absolute_path(name, path): names for path, names in follow.items()},
+            decoded_lengths(name, lengths),
         )
-        for parts, follow in zip(group["parts"], group["follow"], strict=True)
+        for parts, follow, lengths in zip(
+            group["parts"], group["follow"], group.get("lengths") or [None] * len(group["parts"]), strict=True
+        )
     ]
 
 
-def as_json(carrier: str, groups: Sequence[Units]) -> dict[str, Any]:
-    """`parts` and `follow` of a carrier's group."""
+def decoded_lengths(carrier: str, lengths: Mapping[str, Any] | None) -> dict[str, Lengths] | None:
+    """`Units.lengths` out of what `as_json` makes of it."""
+    if lengths is None:
+        return None
     return {
+        absolute_path(carrier, path): {attribute: (tensor, dim) for attribute, (tensor, dim) in own.items()}
+        for path, own in lengths.items()
+    }
+
+
+def _encoded_lengths(carrier: str, lengths: dict[str, Lengths] | None) -> Any:
+    if lengths is None:
+        return None
+    return {
+        relative_path(carrier, name): {attribute: list(place) for attribute, place in own.items()}
+        for name, own in lengths.items()
+    }
+
+
+def as_json(carrier: str, groups: Sequence[Units]) -> dict[str, Any]:
+    """`parts`, `follow` and `lengths` of a carrier's group."""
+    return {
+        "lengths": [_encoded_lengths(carrier, units.lengths) for units in groups],
         "parts": [
             [
                 {"tensor": relative_path(carrier, name), "dim": dim, "indices": encode_indices(indices.tolist())}
@@ -213,7 +241,7 @@ def take_out(
 ) -> tuple[list[Resized], dict[str, dict[str, tuple[int, int]]]]:
     """Takes units out of the model, in place: what has changed, and for each module the attributes before and now."""
     places = places_of(groups, removed)
-    changed = _lengths(model, places)
+    changed = _lengths(model, places, groups)
     resized = _cut(model, places)
     for units, chosen in zip(groups, removed, strict=True):
         for name, attributes in units.follow.items() if chosen else ():
@@ -234,25 +262,42 @@ def take_out(
 
 
 def _lengths(
-    model: nn.Module, places: Mapping[tuple[str, int], Sequence[int]]
+    model: nn.Module, places: Mapping[tuple[str, int], Sequence[int]], groups: Sequence[Units]
 ) -> dict[str, dict[str, tuple[int, int]]]:
-    """Attributes of modules that are no torch layers and say the length of one of their own tensors, before and after.
-
-    A number that is also the length of something that stays as it is, is left to be found by trying.
-    """
+    """Attributes that are the length of one of their module's own tensors, before and after."""
+    known: dict[str, Lengths] = {}
+    for units in groups:
+        for name, own in (possible_lengths(model, places) if units.lengths is None else units.lengths).items():
+            known.setdefault(name, {}).update(own)
     found: dict[str, dict[str, tuple[int, int]]] = {}
-    for name in dict.fromkeys(tensor.rpartition(".")[0] for tensor, _ in places):
+    for name, own in known.items():
+        for attribute, (tensor, dim) in own.items():
+            if gone := len(places.get((f"{name}.{tensor}" if name else tensor, dim), ())):
+                value = getattr(model.get_submodule(name), attribute)
+                found.setdefault(name, {})[attribute] = value, value - gone
+    return found
+
+
+def possible_lengths(model: nn.Module, places: Mapping[tuple[str, int], Sequence[int]]) -> dict[str, Lengths]:
+    """Numbers of modules that are no torch layers and equal the length of one of their own tensors that loses indices.
+
+    A number that is also the length of something that loses none, or others, is not among them.
+    """
+    cut = {place: len(gone) for place, gone in places.items()}
+    found: dict[str, Lengths] = {}
+    for name in dict.fromkeys(tensor.rpartition(".")[0] for tensor, _ in cut):
         module = model.get_submodule(name)
         if type(module).__module__.startswith("torch.nn."):
             continue
-        before: dict[int, set[int]] = {}
+        before: dict[int, dict[int, tuple[str, int]]] = {}  # by size, by how many go
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             for dim, size in enumerate(tensor.shape):
-                cut = len(places.get((f"{name}.{key}" if name else key, dim), ()))
-                before.setdefault(size, set()).add(size - cut)
+                gone = cut.get((f"{name}.{key}" if name else key, dim), 0)
+                before.setdefault(size, {}).setdefault(gone, (key, dim))
         for attribute, value in vars(module).items():
-            if type(value) is int and value in before and before[value] != {value} and len(before[value]) == 1:
-                found.setdefault(name, {})[attribute] = value, next(iter(before[value]))
+            sizes = before.get(value, {}) if type(value) is int else {}
+            if len(sizes) == 1 and 0 not in sizes:
+                found.setdefault(name, {})[attribute] = next(iter(sizes.values()))
     return found
 
 
@@ -291,7 +336,7 @@ def _renumbered(units: Units, removed: Sequence[int], gone: Mapping[tuple[str, i
     for name, dim, indices in units.parts:
         sorted_gone = torch.tensor(gone.get((name, dim), []), dtype=torch.long)
         parts.append((name, dim, indices[kept] - torch.searchsorted(sorted_gone, indices[kept].contiguous())))
-    return Units(tuple(parts), units.follow)
+    return Units(tuple(parts), units.follow, units.lengths)
 
 
 def _cut(model: nn.Module, gone: Mapping[tuple[str, int], Sequence[int]]) -> list[Resized]:

@@ -14,6 +14,7 @@ from pquant_lightning.core.channels import Group, find_groups
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, Selection, check_weight
 from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError, known
+from pquant_lightning.core.example_sizes import other_sizes
 from pquant_lightning.core.layer_adapter import as_torch, layer_spec
 from pquant_lightning.core.options import check_count, one_of
 from pquant_lightning.core.plan import CompressionPlan, LayerPlan, Skip
@@ -31,6 +32,7 @@ from pquant_lightning.methods.pruning._sized import (
     Units,
     as_json,
     carrier_of,
+    decoded_lengths,
     groups_of,
     remove_channels,
     zero_units,
@@ -50,8 +52,10 @@ _SCORE_MOMENTUM = 0.05  # taylor scores are averages over about twenty steps
 class StructuredPruning(CompressionMethod):
     """Removes channels, hidden neurons, attention heads (with their keys and values) and the like, for good.
 
-    What belongs together is found by running the model once on an example (`core/channels.py`), and each kind of group
-    is tried out once: the model without some of its units must compute what the model computes in which these are zero.
+    What belongs together is found by running the model on an example, at several lengths and batch sizes where it takes
+    them (`core/channels.py`), and each group is tried out: the model without some of its units must compute what the
+    model computes in which these are zero, in evaluation and training, and by `predict_step` and `generate` where it
+    has them. Numbers of the model (heads, widths) are changed only where it needs them to count the units.
     In a Trainer the chosen units are zero from then on, and go when the model is deployed; the model's inputs and
     outputs keep their width. Groups that cannot go are left alone with the reason.
 
@@ -80,8 +84,10 @@ class StructuredPruning(CompressionMethod):
         start: share of the training at which pruning starts.
         end: share of the training at which the target is reached.
         seed: of the criterion "random".
-        include: glob patterns over module names; a group is pruned if one of its modules matches. None means all.
-        exclude: glob patterns over module names; a group is left alone if one of its modules matches.
+        include: glob patterns over names of modules and parameters; a group is pruned if one of its own matches. None
+            means all.
+        exclude: glob patterns over names of modules and parameters (a table of positions, say); a group is left alone
+            if one of its own matches.
         min_saving: least share of the model's parameters that must go, else it is an error.
 
     Raises:
@@ -191,25 +197,15 @@ class StructuredPruning(CompressionMethod):
                 check_weight(name, ordinary)
         few = Samples((first_samples(samples.batches[0], 2),), samples.run)
         model = split_view(model, context.kept)
-        chosen, trial = Selection(self, model), Trial(model, few)
-        groups, skipped = [], []
-        for group in context.track(find_groups(model, few), f"{self.name}: trying out"):
-            units = _units(group)
-            reason = group.fixed or _why_left(model, units, chosen)
-            follow = None if reason is not None else trial.attributes(units)
-            if follow is not None:
-                groups.append(replace(units, follow=follow))
-            else:
-                reason = reason or "the model does not run, or computes something else, without some of them"
-                shown = ", ".join(units.modules[:4])
-                shown += f" and {len(units.modules) - 4} more" if len(units.modules) > 4 else ""
-                skipped.append(Skip(f"{units.count} channels of {shown}", reason, context.by))
+        sizes = replace(few, batches=(*few.batches, *other_sizes(model, few).batches))
+        trial = Trial(model, sizes)
+        groups, skipped = self._tried(model, sizes, trial, context)
         if not groups and not skipped:
             raise ModelError(
                 f"{self.name} finds nothing to remove in {type(model).__name__}: the only channels of its layers are "
                 "the inputs and outputs of the model, which keep their width."
             )
-        counts = self._planned(model, groups, context, few, skipped) if groups else []
+        groups, counts = self._together(model, groups, context, few, skipped, trial)
         layers = [
             LayerPlan(_producer(model, units), {"units": units.count, "removes": count, "over": units.modules, **own})
             for units, count, own in zip(groups, counts, _specs(groups), strict=True)
@@ -217,6 +213,45 @@ class StructuredPruning(CompressionMethod):
         touched = [LayerPlan(name, {}) for units in groups for name in units.modules]
         splits = planned_splits(model, touched, context.by)
         return CompressionPlan(self.name, context.by, tuple(layers), tuple(skipped), splits)
+
+    def _tried(
+        self, model: nn.Module, sizes: Samples, trial: Trial, context: CompressionContext
+    ) -> tuple[list[Units], list[Skip]]:
+        """The groups of channels that the model can do without, each for itself, and those left alone."""
+        chosen = Selection(self, model, parameters=True)
+        traced = replace(sizes, batches=sizes.batches[:2])
+        found = [(_units(group), group.fixed) for group in find_groups(model, traced)]
+        tried: list[Units | Skip] = []
+        for units, fixed in context.track(found, f"{self.name}: trying out"):
+            result = fixed or _why_left(model, units, chosen) or trial.of(units)
+            tried.append(Skip(_described(model, units), result, context.by) if isinstance(result, str) else result)
+        return [u for u in tried if isinstance(u, Units)], [skip for skip in tried if isinstance(skip, Skip)]
+
+    def _together(
+        self,
+        model: nn.Module,
+        groups: list[Units],
+        context: CompressionContext,
+        example: Samples,
+        skipped: list[Skip],
+        trial: Trial,
+    ) -> tuple[list[Units], list[int]]:
+        """The groups that can go beside each other, and how many units of each; the others are noted as skipped."""
+        while groups:
+            counts = self._planned(model, groups, context, example, skipped)
+            # removal during training passes through numbers that are not rounded
+            tried = [max(1, units.count // 3) for units in groups] if self.resizes else counts
+            reasons = trial.together(groups, tried)
+            if not any(reasons):
+                return groups, counts
+            groups, left = [], groups
+            for units, why in zip(left, reasons, strict=True):
+                again = units if why is None else trial.of(replace(units, follow={}, lengths={}), thorough=True)
+                if isinstance(again, str) or (why is not None and again == units):
+                    skipped.append(Skip(_described(model, units), str(why), context.by))
+                else:
+                    groups.append(again)
+        return [], []
 
     def _planned(
         self, model: nn.Module, groups: list[Units], context: CompressionContext, example: Samples, skipped: list[Skip]
@@ -466,11 +501,24 @@ def _units(group: Group) -> Units:
         (name, dim, torch.from_numpy(indices))
         for (name, dim), indices in zip(group.tensors, group.indices, strict=True)
     ]
-    return Units(tuple(parts), {})
+    return Units(tuple(parts), {}, {})
+
+
+def _described(model: nn.Module, units: Units) -> str:
+    """What the units are, by the layers that hold them; a parameter of no layer of torch's by its own name."""
+    names = [name for name, _, _ in units.parts]
+    plain = {name for name in names if type(_owner(model, name)).__module__.startswith("torch.nn.")}
+    shown = list(dict.fromkeys(name.rpartition(".")[0] if name in plain else name for name in names))
+    more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    return f"{units.count} channels of {', '.join(shown[:4])}{more}"
+
+
+def _owner(model: nn.Module, tensor: str) -> nn.Module:
+    return model.get_submodule(tensor.rpartition(".")[0])
 
 
 def _why_left(model: nn.Module, units: Units, chosen: Selection) -> str | None:
-    reasons = [chosen(name) for name in units.modules]
+    reasons = [chosen(name) for name, _, _ in units.parts]
     if excluded := next((reason for reason in reasons if reason and "excluded" in reason), None):
         return excluded
     if all(reasons):
@@ -480,12 +528,12 @@ def _why_left(model: nn.Module, units: Units, chosen: Selection) -> str | None:
         if layer.stage is not Stage.UNFUSE and (all(inside) or (any(inside) and not layer.resizable)):
             fixed = "" if layer.resizable else ", which cannot lose channels: prune before, or merge it first"
             return f"is inside {name} ({layer.described()}){fixed}"
-    return "has one unit" if units.count < 2 else None
+    return "they go together or not at all" if units.count < 2 else None
 
 
 def _specs(groups: list[Units]) -> list[dict[str, Any]]:
     json = as_json("", groups)
-    return [{"parts": parts, "follow": own} for parts, own in zip(json["parts"], json["follow"], strict=True)]
+    return [dict(zip(json, values, strict=True)) for values in zip(*json.values(), strict=True)]
 
 
 def _planned_units(entry: LayerPlan) -> Units:
@@ -493,7 +541,8 @@ def _planned_units(entry: LayerPlan) -> Units:
         (absolute_path("", p["tensor"]), p["dim"], torch.tensor(decode_indices(p["indices"])))
         for p in entry.spec["parts"]
     ]
-    return Units(tuple(parts), {absolute_path("", path): names for path, names in entry.spec["follow"].items()})
+    follow = {absolute_path("", path): names for path, names in entry.spec["follow"].items()}
+    return Units(tuple(parts), follow, decoded_lengths("", entry.spec.get("lengths")))
 
 
 def _producer(model: nn.Module, units: Units) -> str:

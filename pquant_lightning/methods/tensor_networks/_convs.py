@@ -69,5 +69,6 @@ def why_no_kernel(layer: nn.Module) -> str | None:
         return "its kernel is a single point, so that its weight is a matrix; low_rank factorizes it"
     out, in_ = to_kernel(weight_of(layer), layer_spec(layer)).shape[1:3]
     if min(out, in_) == 1:
-        return f"each of its {layer.groups} groups has a single channel on one side: there is nothing to share"
+        what = "it has" if layer.groups == 1 else "each group of its channels has"
+        return f"{what} a single input or a single output channel, so that there is nothing for channels to share"
     return None
