@@ -307,6 +307,11 @@ def rebuild(
         )
     unfolded = _unfolded(root, specs, state_dict, prefix)
     resized = _check_groups(root, specs, state_dict, prefix)
+    changed = {
+        absolute_path(name, path): attributes
+        for name, spec in specs.items()
+        for path, attributes in spec.get("group", {}).get("attributes", {}).items()
+    }
     layers: dict[str, CompressedLayer] = {}  # of the file, as the model will have them
     pending: dict[str, CompressedLayer] = {}  # nothing is put into the model before everything has been checked
     owners: dict[int, str] = {}
@@ -325,7 +330,7 @@ def rebuild(
             layers[name] = pending[owners[id(existing)]]
             continue
         if outer is None:
-            check_same_layer(name, spec, existing, type(root).__name__)
+            check_same_layer(name, spec, existing, type(root).__name__, changed.get(name, {}))
         layers[name] = layer = _build_checked(name, spec, existing, specs, state_dict, prefix, resized)
         if outer is None:
             pending[name] = layer

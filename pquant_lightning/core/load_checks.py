@@ -15,11 +15,20 @@ log = logging.getLogger(__name__)
 _MAY_DIFFER = {"bias", "momentum", "dropout", "sparse", "scale_grad_by_freq", "device", "dtype"}
 
 
-def check_same_layer(name: str, spec: Mapping[str, Any], existing: nn.Module, model: str) -> None:
+def check_same_layer(
+    name: str, spec: Mapping[str, Any], existing: nn.Module, model: str, changed: Mapping[str, Mapping[str, Any]]
+) -> None:
     """Compares the layer that a spec stands for with the one in whose place it is put.
 
     The layer of the file is built whatever stands there, so that a model of other sizes, strides or heads would become
     the saved one in its compressed layers only.
+
+    Args:
+        name: of the layer.
+        spec: in the file.
+        existing: the layer in the model.
+        model: name of its class.
+        changed: attributes of the layer that a method had changed, `before` and `now`, when the spec was made.
 
     Raises:
         CheckpointError: they differ; the message names the layer and what differs.
@@ -29,7 +38,8 @@ def check_same_layer(name: str, spec: Mapping[str, Any], existing: nn.Module, mo
         return
     same = saved.get("type") == here.get("type")
     keys = [key for key in saved if key in here and key not in _MAY_DIFFER] if same else ["type"]
-    differ = [key for key in keys if _plain(saved[key]) != _plain(here[key])]
+    either = {key: [_plain(saved[key]), changed.get(key, {}).get("before", _plain(saved[key]))] for key in keys}
+    differ = [key for key in keys if _plain(here[key]) not in either[key]]
     if differ:
         there, mine = (", ".join(f"{key}={of[key]!r}" for key in differ) for of in (saved, here))
         raise CheckpointError(
