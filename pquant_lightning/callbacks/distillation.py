@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
@@ -97,10 +98,11 @@ class DistillationCallback(BeforeCompression, Callback):
         features: list[str] | None = None,
         teacher: nn.Module | str | None = None,
     ) -> None:
-        if not 0 <= weight <= 1 or temperature <= 0:
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (weight, temperature))
+        if not (numbers and 0 <= weight <= 1 and 0 < temperature < math.inf):
             raise OptionError(
                 "DistillationCallback: weight is a share in [0, 1] and temperature > 0, got "
-                f"weight={weight} and temperature={temperature}."
+                f"weight={weight!r} and temperature={temperature!r}."
             )
         if loss not in ("kl", "mse", "cosine"):
             raise OptionError(f"DistillationCallback has no loss {loss!r}. {known(loss, ('kl', 'mse', 'cosine'))}")

@@ -1,6 +1,7 @@
 """Checks of option values against their annotations; the messages name the option, the value and the rule."""
 
 import inspect
+import math
 import re
 import types
 import typing
@@ -21,9 +22,11 @@ def check_type(owner: type, name: str, value: object) -> None:
     """Compares an option's value with its annotation on the class `owner`.
 
     Raises:
-        OptionError: the value is not of the annotated type (an int is a float, a bool is neither).
+        OptionError: the value is not of the annotated type (an int is a float, a bool is neither), or not finite.
     """
     hint = _hints(owner)[name]
+    if isinstance(value, float) and not math.isfinite(value) and value is not getattr(owner, name, None):
+        raise OptionError(f"{owner.__name__} takes a finite number for {name}, got {value!r}.")
     if _matches(value, hint):
         return
     choices = [choice for part in _parts(hint) if get_origin(part) is Literal for choice in get_args(part)]

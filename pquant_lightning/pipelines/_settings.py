@@ -28,7 +28,8 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "lr", "batch_size"):
             check_type(type(self), name, getattr(self, name))
-        if self.epochs < 0 or (self.lr is not None and self.lr <= 0) or (self.batch_size or 1) < 1:
+        low = self.epochs < 0 or (self.lr is not None and self.lr <= 0)
+        if low or (self.batch_size is not None and self.batch_size < 1):
             raise OptionError(f"training: epochs >= 0, lr > 0 and batch_size >= 1, got {self}.")
 
 

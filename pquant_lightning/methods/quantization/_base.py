@@ -50,6 +50,19 @@ _BY_DATA = ("gptq", "adaround", "awq")  # roundings whose errors are known when 
 _PER_LAYER = ("bits", "weight_bits", "act_bits")
 
 
+def check_average_bits(owner: type, value: float, least: int = ALL_BITS[0]) -> None:
+    """Checks an average number of bits, which layers have between `least` and 16 of.
+
+    Raises:
+        OptionError: it is out of range.
+    """
+    if not least <= value <= ALL_BITS[-1]:
+        raise OptionError(
+            f"{owner.__name__}: average_bits is a number of bits per weight between {least} and {ALL_BITS[-1]} (which "
+            f"leaves a layer alone), got {value:g}."
+        )
+
+
 class QuantizationMethod(LayerMethod):
     """Base of the methods that quantize layers.
 

@@ -25,7 +25,7 @@ from pquant_lightning.methods.quantization._allocation import (
     share_bits,
     share_bytes,
 )
-from pquant_lightning.methods.quantization._base import ALL_BITS, own_layers
+from pquant_lightning.methods.quantization._base import ALL_BITS, check_average_bits, own_layers
 from pquant_lightning.methods.quantization._sensitivity import Losses
 from pquant_lightning.methods.quantization._ties import others, shared_weights
 from pquant_lightning.methods.quantization.ptq import PTQCompression
@@ -131,6 +131,9 @@ class MixedPrecisionCompression(PTQCompression):
             raise OptionError(f"MixedPrecisionCompression: sensitivity_samples >= 1, got {self.sensitivity_samples}.")
         if self.choices is not None and not (self.choices and set(self.choices) <= set(ALL_BITS)):
             raise OptionError(f"MixedPrecisionCompression: choices are some of {ALL_BITS}, got {self.choices}.")
+        if budget == "average_bits":
+            pinned = self.choices is None or self.overrides or self.first_last_bits is not None
+            check_average_bits(type(self), value, ALL_BITS[0] if pinned else min(self.choices or ALL_BITS))
 
     @property
     def budget(self) -> tuple[str, float]:

@@ -16,7 +16,7 @@ from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.schedule import scheduled
 from pquant_lightning.methods.quantization._allocation import choices_of, measure, share_bits
-from pquant_lightning.methods.quantization._base import QuantizationMethod
+from pquant_lightning.methods.quantization._base import QuantizationMethod, check_average_bits
 from pquant_lightning.methods.quantization._folding import norm_of
 from pquant_lightning.methods.quantization._forms import FLOAT
 from pquant_lightning.methods.quantization._layers import QuantLayer
@@ -123,11 +123,13 @@ class QATCompression(QuantizationMethod):
                 )
         if self.start == 1:
             raise OptionError("QATCompression: start=1 would never round anything; start earlier.")
-        if self.average_bits is not None and (self.average_bits <= 0 or self.weight_bits is not None):
-            raise OptionError(
-                "QATCompression: average_bits is positive and goes without weight_bits, got "
-                f"average_bits={self.average_bits}, weight_bits={self.weight_bits}."
-            )
+        if self.average_bits is not None:
+            check_average_bits(type(self), self.average_bits)
+            if self.weight_bits is not None:
+                raise OptionError(
+                    "QATCompression: average_bits chooses the bits of weights and goes without weight_bits, got "
+                    f"average_bits={self.average_bits}, weight_bits={self.weight_bits}."
+                )
         if self.scale_lr <= 0:
             raise OptionError(f"QATCompression: scale_lr is a positive factor, got {self.scale_lr}.")
         if self.initial_bits is not None and not 2 <= self.initial_bits <= 8:
