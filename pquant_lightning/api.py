@@ -5,17 +5,18 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from pquant_lightning.callbacks._lightning import is_a, is_subclass
 from pquant_lightning.config import ConfigManager
+from pquant_lightning.core.compiled import rename_to_plain, unwrap
 from pquant_lightning.core.compressed_layer import install_hook
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod
 from pquant_lightning.core.copying import deep_copy
-from pquant_lightning.core.deploy import deploy
+from pquant_lightning.core.deploy import deploy, with_plain_names
 from pquant_lightning.core.errors import CheckpointError, OptionError, PQuantError
 from pquant_lightning.core.hyperparameters import Arguments, arguments_of
 from pquant_lightning.core.modes import to_eval
@@ -88,6 +89,7 @@ def compress_model(
     methods = _methods(method_or_config if config is None else config, options)
     if not inplace:
         return _act(methods, deep_copy(model), train_loader, val_loader, NoUndo())
+    model = unwrap(model)
     with unchanged_on_error(model) as undo:
         return _act(methods, model, train_loader, val_loader, undo)
 
@@ -155,10 +157,10 @@ def finalize(model: Model, inplace: bool = False) -> Model:
         ModelError: it is no model.
     """
     check_model("finalize", model)
-    result = model if inplace else deep_copy(model)
+    result = cast(Model, unwrap(model)) if inplace else deep_copy(model)
     if inplace:
-        with unchanged_on_error(model) as undo, undo.writing():
-            deploy(model)
+        with unchanged_on_error(result) as undo, undo.writing():
+            deploy(result)
     else:
         deploy(result)
     install_hook(result)
@@ -218,7 +220,7 @@ def save_compressed(model: nn.Module, path: str | Path) -> Path:
     check_model("save_compressed", model)
     if not isinstance(path, str | os.PathLike):
         raise OptionError(f"save_compressed takes a path as text or pathlib.Path, got {path!r}.")
-    path = Path(path)
+    path, model = Path(path), with_plain_names(model)
     if path.suffix == "":
         path = path / ARTIFACT_NAME
     if path.suffix == ".pt":
@@ -262,7 +264,7 @@ def load_compressed(model_or_class: Any, path: str | Path, *, weights_only: bool
     if is_class:
         model = _make(model_or_class, saved, init_kwargs)
     else:
-        model = model_or_class
+        model = unwrap(model_or_class)
         _compare_arguments(model, saved)
     _load(model, state, path)
     return to_eval(model)
@@ -351,6 +353,7 @@ def _compare_arguments(model: nn.Module, saved: Arguments) -> None:
 def _load(model: nn.Module, state: dict[str, Any], path: Path) -> None:
     """Loads strictly, in the floating-point types of the file."""
     install_hook(model)
+    rename_to_plain(state)
     try:
         model.load_state_dict(state)
     except PQuantError:

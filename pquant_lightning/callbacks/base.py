@@ -26,6 +26,7 @@ from pquant_lightning.callbacks._monitors import reset_monitors, reset_would_mat
 from pquant_lightning.callbacks._optimizers import follow_resized, repair_optimizers
 from pquant_lightning.core._private import averaged_models, launches_copies, resume_path, resume_switch
 from pquant_lightning.core.calibration import Samples, first_samples, run_samples
+from pquant_lightning.core.compiled import rename_to_plain, renamed_as_saved, unwrap
 from pquant_lightning.core.compressed_layer import (
     Stage,
     compressed_layers,
@@ -259,6 +260,8 @@ class _MethodCallback(Callback):
         whole = trainer.strategy.restore_checkpoint_after_setup or averaged_models(trainer)
         if self.method.omits_frozen and not whole:
             checkpoint["state_dict"] = omit_frozen(pl_module, checkpoint["state_dict"])
+        if self is _ours(trainer)[-1] and not trainer.strategy.restore_checkpoint_after_setup:
+            checkpoint["state_dict"] = renamed_as_saved(pl_module, checkpoint["state_dict"])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, value in self.method.metrics(pl_module, self._state).items():
@@ -431,6 +434,7 @@ def _configure_model(module: LightningModule, previous: Any) -> None:
     trainer = module.trainer
     if not trainer.strategy.restore_checkpoint_after_setup:
         module.configure_model()
+    unwrap(module)
     names_before = {id(parameter): name for name, parameter in module.named_parameters()}
     path = resume_path(trainer)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -470,6 +474,7 @@ def _take_structure(trainer: Trainer, module: LightningModule, path: str) -> Non
     else:
         checkpoint = read_as_trainer(trainer, path, resume_switch(trainer))
         state = dict(checkpoint.get("state_dict", {}))
+        rename_to_plain(state)
         complete(module, state)
         specs = read_specs(state)
     if trainer.state.fn == TrainerFn.FITTING:
@@ -522,6 +527,7 @@ def _write_artifact(trainer: Trainer, module: LightningModule, path: Path, run: 
         state = read_as_trainer(trainer, best, weights_only)["state_dict"]
         log.info("The artefact holds the best checkpoint by %s: %s", checkpointer.monitor, best)
     if state is not None:
+        rename_to_plain(state)
         complete(shell, state)
         rebuild(shell, read_specs(state), state)
         shell.load_state_dict(state, strict=module.strict_loading, assign=True)

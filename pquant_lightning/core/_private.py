@@ -29,6 +29,13 @@ MODULE_TABLE = "_modules"
 # torch 2.13: the tensor that a tensor is a view of
 TENSOR_BASE = "_base"
 
+# torch 2.13, torch/nn/modules/module.py: what `module.compile()` sets; torch/_dynamo/eval_frame.py: what is wrapped
+COMPILED_CALL, COMPILED_PART = "_compiled_call_impl", "_orig_mod"
+
+# Lightning 2.6.6, utilities/compile.py: its note in a LightningModule compiled as a whole, and what it replaces there
+WHOLE_COMPILED = "_compiler_ctx"
+WHOLE_COMPILED_METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+
 # torch 2.13: how often a tensor has been written to in place
 TENSOR_VERSION = "_version"
 
@@ -52,6 +59,24 @@ without_modes: Any = importlib.import_module("torch.utils._python_dispatch")._di
 
 # torch 2.13, torch/utils/_pytree.py: tensors inside of containers, transformers' dataclasses among them
 pytree: Any = importlib.import_module("torch.utils._pytree")
+
+
+def is_compiled_wrapper(module: Any) -> bool:
+    """Whether this is what torch.compile puts around a module; known by its name, as importing it takes seconds."""
+    return type(module).__name__ == "OptimizedModule" and COMPILED_PART in getattr(module, MODULE_TABLE, ())
+
+
+def compiled_in_place(wrapper: Any) -> Any:
+    """The module inside of such a wrapper, compiled by the same compiler under its own name.
+
+    A class of torch itself, such as nn.Sequential, is compiled through `wrap_inline` only, as the wrapper does it.
+    """
+    part = getattr(wrapper, MODULE_TABLE)[COMPILED_PART]
+    call = part._call_impl
+    if type(part).forward.__module__.startswith("torch."):
+        call = importlib.import_module("torch._dynamo.external_utils").wrap_inline(call)
+    setattr(part, COMPILED_CALL, wrapper.dynamo_ctx(call))
+    return part
 
 
 def shallow_copy(module: Any) -> Any:

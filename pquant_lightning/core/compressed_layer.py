@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pquant_lightning.core._private import MODULE_HOOKS
+from pquant_lightning.core.compiled import plain_name, rename_to_plain, unwrap
 from pquant_lightning.core.errors import CheckpointError, PQuantError, known
 from pquant_lightning.core.layer_adapter import ATTRIBUTES, as_torch, attribute_of, build_layer, full_name
 from pquant_lightning.core.load_checks import check_same_layer, separate_ties
@@ -262,7 +263,7 @@ def decode_spec(state: Any) -> dict[str, Any] | None:
     if not (isinstance(state, Tensor) and state.dtype == torch.uint8 and state.dim() == 1):
         return None
     try:
-        spec = json.loads(bytes(state.tolist()))
+        spec = json.loads(plain_name(bytes(state.tolist()).decode()))
     except ValueError:
         return None
     return spec if isinstance(spec, dict) and "kind" in spec else None
@@ -277,7 +278,7 @@ def read_specs(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, dic
     specs = {}
     for key, value in state_dict.items():
         if key.startswith(prefix) and key.endswith(f".{_EXTRA}") and (spec := decode_spec(value)) is not None:
-            specs[key[len(prefix) : -len(_EXTRA) - 1]] = spec
+            specs[plain_name(key[len(prefix) : -len(_EXTRA) - 1])] = spec
     for name, spec in specs.items():
         if spec.get("version") != SPEC_VERSION:
             raise CheckpointError(
@@ -517,6 +518,8 @@ def _tensor_at(layer: nn.Module, path: str) -> tuple[nn.Module, str, Tensor | No
 def _load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     from pquant_lightning.core.partial import complete  # it needs this module
 
+    unwrap(module)
+    rename_to_plain(state_dict)
     complete(module, state_dict, prefix)
     rebuild(module, read_specs(state_dict, prefix), state_dict, prefix)
     separate_ties(module, state_dict, prefix)
@@ -529,6 +532,7 @@ def is_hooked(model: nn.Module) -> bool:
 
 def install_hook(model: nn.Module) -> None:
     """Makes `model.load_state_dict` rebuild compressed layers from the state dict; idempotent, survives copies."""
+    unwrap(model)
     if not is_hooked(model):
         model.__dict__["_pquant_hooked"] = True
         model.register_load_state_dict_pre_hook(_load_hook)

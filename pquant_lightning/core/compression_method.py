@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from pquant_lightning.core.calibration import Samples
+from pquant_lightning.core.compiled import plain_name
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, install_hook, weight_of
 from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import count_params, deployed_bytes, stored_bytes
@@ -550,7 +551,7 @@ def matches(name: str, pattern: str) -> bool:
     >>> matches("encoder.0.linear", "encoder.*"), matches("head", "encoder.*")
     (True, False)
     """
-    parts = name.split(".")
+    parts, pattern = plain_name(name).split("."), plain_name(pattern)
     return any(fnmatchcase(".".join(parts[: depth + 1]), pattern) for depth in range(len(parts)))
 
 
@@ -560,10 +561,10 @@ def check_patterns(model: nn.Module, option: str, patterns: Iterable[str], param
     Raises:
         ModelError: one does not.
     """
-    names = [name for name, _ in model.named_modules() if name]
-    names += [name for name, _ in model.named_parameters(remove_duplicate=False)] if parameters else []
+    names = [plain_name(name) for name, _ in model.named_modules() if name]
+    names += [plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)] if parameters else []
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, plain_name(pattern)) for name in names):
             what = "no layer and no parameter" if parameters else "no layer"
             raise ModelError(f"The {option} pattern {pattern!r} matches {what}. {known(pattern, names)}")
 

@@ -2,10 +2,12 @@
 
 import copy
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
+from pquant_lightning.core._private import is_compiled_wrapper
+from pquant_lightning.core.compiled import forget_compiled, unwrap
 from pquant_lightning.core.errors import ModelError
 
 T = TypeVar("T")
@@ -37,7 +39,7 @@ def deep_copy(original: T) -> T:
     for _ in range(_ATTEMPTS):
         memo = dict(done)
         try:
-            return copy.deepcopy(original, memo)
+            return _uncompiled(copy.deepcopy(original, memo))
         except Exception as error:  # whatever an object raises that cannot be copied
             refused = _refused(error.__traceback__)
             if refused is original or refused is None:
@@ -52,6 +54,16 @@ def deep_copy(original: T) -> T:
         for value in (refused, *alike):
             done[id(value)] = value.detach().clone() if isinstance(value, Tensor) else value
     raise ModelError(f"A {type(original).__name__} cannot be copied: it makes anew what cannot be copied, {refused!r}.")
+
+
+def _uncompiled(twin: T) -> T:
+    """The copy of a module without what was compiled of the original; wrappers are taken off (`core/compiled.py`)."""
+    if not isinstance(twin, nn.Module):
+        return twin
+    for module in twin.modules():
+        if not is_compiled_wrapper(module):
+            forget_compiled(module.__dict__)
+    return cast(T, unwrap(twin))
 
 
 def _attributes(model: object) -> list[Any]:

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pquant_lightning.core._private import MODULE_TABLE, TENSOR_TABLES, shallow_copy
+from pquant_lightning.core._private import (
+    COMPILED_PART,
+    MODULE_TABLE,
+    TENSOR_TABLES,
+    is_compiled_wrapper,
+    shallow_copy,
+)
 from pquant_lightning.core.adapted_layer import in_place_of_adapted
+from pquant_lightning.core.compiled import forget_compiled
 from pquant_lightning.core.compressed_layer import (
     CompressedLayer,
     allow_fast_path,
@@ -197,10 +204,16 @@ def _share_derived(
         final.spec = {**final.spec, "tied_to": tied}
 
 
+def with_plain_names(model: Model) -> Model:
+    """The model, or where torch.compile has wrapped parts of it, a copy without it that shares all memory."""
+    return share_copy(model) if any(is_compiled_wrapper(module) for module in model.modules()) else model
+
+
 def share_copy(model: Model, device: str | None = None) -> Model:
     """A copy of the module tree that shares everything else: tensors (or their twins on `device`), attributes, hooks.
 
-    It costs no memory and copies no user's attribute, and its layers can be replaced without touching the model.
+    It costs no memory and copies no user's attribute, and its layers can be replaced without touching the model. It is
+    not compiled: what torch.compile has made would run the original.
     """
     modules: dict[int, nn.Module] = {}
     tensors: dict[int, Tensor] = {}
@@ -218,8 +231,11 @@ def share_copy(model: Model, device: str | None = None) -> Model:
         return tensors[id(tensor)]
 
     def clone(module: nn.Module) -> nn.Module:
+        while is_compiled_wrapper(module):
+            module = module.__dict__[MODULE_TABLE][COMPILED_PART]
         if id(module) not in modules:
             modules[id(module)] = twin = shallow_copy(module)
+            forget_compiled(twin.__dict__)
             for table in TENSOR_TABLES:
                 twin.__dict__[table] = {name: twin_of(t) for name, t in module.__dict__[table].items()}
             twin.__dict__[MODULE_TABLE] = {

@@ -30,6 +30,7 @@ from pquant_lightning.core.deploy import (
     share_copy,
     sparse_count,
     stored_bytes,
+    with_plain_names,
 )
 from pquant_lightning.core.errors import ModelError
 from pquant_lightning.core.graph import norm_affine
@@ -199,6 +200,7 @@ def make_report(
         skipped: layers left alone.
         files: whether to tell the bytes of the files, too; it rounds the weights of layers that are to be integers.
     """
+    model = with_plain_names(model)
     before = dense_form(model) if original is None else split_like(original, model)
     after = deployed_form(model)
     sparse = _sparse_layers(model)
