@@ -1,6 +1,7 @@
 """The driver: how any method lives in a Trainer, from setup to the artefact; it knows no method by name."""
 
 import inspect
+import itertools
 import logging
 import math
 import sys
@@ -35,7 +36,7 @@ from pquant_lightning.core.compressed_layer import (
     read_specs,
     rebuild,
 )
-from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod
+from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, names_in
 from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.errors import (
     CalibrationError,
@@ -58,6 +59,7 @@ from pquant_lightning.core.serialization import (
     share_equal_storage,
     write_artifact,
 )
+from pquant_lightning.core.splitting import split_names
 from pquant_lightning.core.undo import Undo, unchanged_on_error
 
 log = logging.getLogger(__name__)
@@ -151,9 +153,12 @@ class _MethodCallback(Callback):
         samples = _take_samples(trainer, module, self.method)
         self._state, self._complete = {}, False
         track = partial(_track, trainer)
-        others = [callback._state for callback in _ours(trainer) if callback is not self]
+        others = [callback for callback in _ours(trainer) if callback is not self]
+        earlier = [callback for callback in others if callback.method.stage < self.method.stage]
+        kept = [c.method.kept_whole(module, c._state) if c in earlier else names_in(c._state) for c in others]
+        names = frozenset(itertools.chain.from_iterable(kept))
         context = CompressionContext(
-            undo=undo, by=self.state_key, track=track, samples=samples, state=self._state, kept=frozenset(_keys(others))
+            undo=undo, by=self.state_key, track=track, samples=samples, state=self._state, kept=names
         )
         try:
             plan = self._shared_plan(trainer, module, context)
@@ -165,6 +170,9 @@ class _MethodCallback(Callback):
             return
         with undo.writing():
             self.method.apply(module, plan, context)
+            parts = split_names(plan.splits)
+            for callback in earlier if parts else ():
+                callback.method.follow_split(module, callback._state, parts)
             if not self.method.acts_after_training:
                 self.method.calibrate(module, context)
         self._scratch = _Run(errors=context.errors, skipped=plan.skipped, compressed=True)
@@ -360,16 +368,6 @@ class _Run:
 def _ours(trainer: Trainer) -> list[_MethodCallback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, _MethodCallback)]
-
-
-def _keys(state: Any) -> Iterator[str]:
-    """All keys of a callback's state at any depth, the names of parameters among them."""
-    if isinstance(state, dict):
-        yield from (key for key in state if isinstance(key, str))
-        state = list(state.values())
-    if isinstance(state, list):
-        for value in state:
-            yield from _keys(value)
 
 
 def _check_order(trainer: Trainer) -> None:

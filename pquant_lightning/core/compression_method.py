@@ -219,6 +219,22 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
         """
         self.project(model, state)
 
+    def kept_whole(self, model: nn.Module, state: dict[str, Any]) -> frozenset[str]:
+        """Names of the parameters that a method of a later stage may not take apart, since `state` speaks of them.
+
+        A method whose state can follow (`follow_split`) names fewer.
+        """
+        return frozenset(names_in(state))
+
+    def follow_split(self, model: nn.Module, state: dict[str, Any], parts: Mapping[str, Sequence[str]]) -> None:
+        """A method of a later stage has taken layers apart: `state` is to speak of the parts.
+
+        Args:
+            model: holds the parts.
+            state: changed in place.
+            parts: names of the equal parts, along dimension 0, that a parameter has been cut into, by its name.
+        """
+
     def metrics(self, model: nn.Module, state: dict[str, Any]) -> dict[str, float]:
         """What is logged at the end of each epoch, by name."""
         return {}
@@ -289,6 +305,16 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
             **self.config,
             "method": self.name,
         }
+
+
+def names_in(state: Any) -> Iterator[str]:
+    """All keys of a state at any depth, the names of parameters among them."""
+    if isinstance(state, dict):
+        yield from (key for key in state if isinstance(key, str))
+        state = list(state.values())
+    if isinstance(state, list):
+        for value in state:
+            yield from names_in(value)
 
 
 def _accept_mapping(cls: type[CompressionMethod]) -> None:

@@ -124,6 +124,23 @@ def planned_splits(view: nn.Module, layers: Sequence[LayerPlan], by: str) -> tup
     return tuple(LayerPlan(n, {**{k: v for k, v in new[n].items() if k != "version"}, "by": by}) for n in changed)
 
 
+def split_names(splits: Sequence[LayerPlan]) -> dict[str, tuple[str, ...]]:
+    """What becomes of the parameters of planned splits.
+
+    Returns:
+        By the name of a parameter, the names of those that it is cut into, in equal parts along dimension 0.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for entry in splits:
+        layer, names = entry.spec["layer"], [f"{entry.name}.{projection}" for projection in PROJECTIONS]
+        found[f"{entry.name}.in_proj_bias"] = tuple(f"{name}.bias" for name in names)
+        if layer["kdim"] == layer["vdim"] == layer["embed_dim"]:
+            found[f"{entry.name}.in_proj_weight"] = tuple(f"{name}.weight" for name in names)
+        else:
+            found.update({f"{name}_weight": (f"{name}.weight",) for name in names})
+    return found
+
+
 def split_as_planned(model: nn.Module, splits: Sequence[LayerPlan]) -> None:
     """Splits layers in place, as `planned_splits` says; what is split already is left as it is.
 

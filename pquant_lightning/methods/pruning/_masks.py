@@ -1,9 +1,10 @@
 """Masks: one bit per weight in a checkpointed state, numbers of the weight's type while they are in use."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -65,6 +66,35 @@ def live(model: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
         numbers = {name: _numbers(mask, weights[name]) for name, mask in masks.items()}
         _LIVE[model] = (state["masks"], numbers)
     return numbers
+
+
+def split(model: nn.Module, state: dict[str, Any], parts: Mapping[str, Sequence[str]]) -> None:
+    """Lets the state of a pruning speak of the parts of weights that have been cut along dimension 0.
+
+    Args:
+        model: holds the parts.
+        state: `targets`, `masks`, and statistics of the size of the weights, by the weights' names; changed in place.
+        parts: names of the parts, by that of the weight.
+    """
+
+    def rows(name: str, value: Tensor) -> Sequence[Tensor]:
+        new = parts[name]
+        whole_rows = sum(model.get_parameter(part).shape[0] for part in new)
+        return value.chunk(len(new)) if value.shape[0] == whole_rows else [value] * len(new)  # of the inputs: for all
+
+    masks = state["masks"]
+    for name, new in parts.items():
+        if name in state["targets"]:
+            state["targets"].update(dict.fromkeys(new, state["targets"].pop(name)))
+        for statistics in (state["scores"], state["norms"], state["origin"]):
+            if name in statistics:
+                value = statistics.pop(name)
+                statistics.update({own: part.clone() for own, part in zip(new, rows(name, value), strict=True)})
+        if masks is not None and name in masks:
+            shapes = [model.get_parameter(part).shape for part in new]
+            mask = unpack_bits(masks.pop(name), torch.Size((sum(shape[0] for shape in shapes), *shapes[0][1:])))
+            masks.update({own: pack_bits(part) for own, part in zip(new, mask.chunk(len(new)), strict=True)})
+    _LIVE.pop(model, None)
 
 
 def _numbers(mask: Tensor, weight: Tensor) -> Tensor:

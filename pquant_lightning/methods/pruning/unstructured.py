@@ -3,13 +3,14 @@
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from pquant_lightning.core.attention import PROJECTIONS
 from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers, weight_of
 from pquant_lightning.core.compression_method import (
@@ -389,6 +390,20 @@ class UnstructuredPruning(CompressionMethod):
             for name, mask in _masks.live(model, state).items():
                 if held(weight := model.get_parameter(name)):
                     _masks.local(weight).mul_(mask)
+
+    def kept_whole(self, model: nn.Module, state: dict[str, Any]) -> frozenset[str]:
+        """Those that a cut would go through the blocks of."""
+
+        def cut(name: str, block: Sequence[int] | None) -> bool:
+            if block is None or not name.endswith("in_proj_weight"):
+                return False
+            return model.get_parameter(name).shape[0] % (block[0] * len(PROJECTIONS)) != 0
+
+        return frozenset(name for name, spec in state.get("targets", {}).items() if cut(name, spec["block_size"]))
+
+    def follow_split(self, model: nn.Module, state: dict[str, Any], parts: Mapping[str, Sequence[str]]) -> None:
+        if state:
+            _masks.split(model, state, parts)
 
     def metrics(self, model: nn.Module, state: dict[str, Any]) -> dict[str, float]:
         if not state:
