@@ -62,9 +62,9 @@ def _need_methods(target: Target) -> list[CompressionMethod]:
     return sorted(target.methods, key=lambda method: method.stage)
 
 
-def _example(target: Target) -> Any:
-    """Inputs of `forward`: a batch of the data, or the module's own example."""
-    if target.data is not None:
+def _example(target: Target, own_first: bool = False) -> Any:
+    """Inputs of `forward`: a batch of the data, or the module's own example; None where there are neither."""
+    if target.data is not None and not (own_first and target.example_inputs is not None):
         batch = Samples.take(target.data, 32).batches[0]
         args, kwargs = bind_batch(target.model, batch)
         return kwargs or args
@@ -95,7 +95,9 @@ def _plan(options: argparse.Namespace) -> tuple[str, Any]:
             method.carry_out(model, plan, context)
         else:
             model, errors = outline, context.errors
-    report = make_report(model, original=original, example_inputs=target.example_inputs, errors=errors, skipped=skipped)
+    report = make_report(
+        model, original=original, example_inputs=_example(target, own_first=True), errors=errors, skipped=skipped
+    )
     data = {"version": _PLAN_VERSION, "plans": entries, "report": report.to_dict()}
     if options.output is not None:
         Path(options.output).write_text(json.dumps({k: data[k] for k in ("version", "plans")}, indent=2), "utf-8")
@@ -129,20 +131,25 @@ def _compress(options: argparse.Namespace) -> tuple[str, Any]:
     if options.plan is not None:
         original = deep_copy(target.model)
         model = _apply_plans(target, options.plan)
-        report = make_report(model, original=original, example_inputs=target.example_inputs)
+        report = make_report(model, original=original, example_inputs=_example(target, own_first=True))
     else:
         try:
-            result = _pipeline(target, options).run(target.model, target.data, dirpath=options.dirpath)
+            pipeline = _pipeline(target, options)
+            pipeline.shows_report = False  # it is printed here
+            result = pipeline.run(target.model, target.data, dirpath=options.dirpath)
         except (KeyboardInterrupt, SystemExit) as stop:  # Lightning turns the one into the other
             if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
             raise KeyboardInterrupt(_how_to_go_on(options)) from None
         model, report = result.model, result.report
-        stages = [f"{stage.name}: {', '.join(stage.put_back)} put back" for stage in result.stages if stage.put_back]
+        stages = [
+            f"{stage.name}: {', '.join(stage.put_back)} left alone for max_drop"
+            for stage in result.stages
+            if stage.put_back
+        ]
     path = save_compressed(model, options.output)
     size = path.stat().st_size
-    before = file_bytes(target.fresh_model())
-    report = replace(report, file_bytes=(before, size))
+    report = replace(report, file_bytes=(file_bytes(target.fresh_model()), size))
     lines = [
         str(report),
         *stages,
@@ -251,8 +258,7 @@ def _report(options: argparse.Namespace) -> tuple[str, Any]:
 
 def _page(target: Target, options: argparse.Namespace) -> ReportPage:
     compressed = load_compressed(target.fresh_model(), options.compressed)
-    example = target.example_inputs if target.example_inputs is not None else _example(target)
-    report = compression_report(target.model, compressed, example)
+    report = compression_report(target.model, compressed, _example(target, own_first=True))
     metrics = []
     if options.metric:
         found = EvaluationPipeline(options.metric).run(target.model, compressed, target.data)

@@ -17,7 +17,7 @@ from pquant_lightning.callbacks._lightning import is_a
 from pquant_lightning.callbacks.base import _MethodCallback
 from pquant_lightning.config import ConfigManager
 from pquant_lightning.core.compression_method import CompressionMethod
-from pquant_lightning.core.errors import OptionError, known
+from pquant_lightning.core.errors import OptionError, a_or_an, known
 from pquant_lightning.core.modes import to_eval
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.pipelines._settings import Settings
@@ -89,7 +89,7 @@ def make_model(entry: dict[str, Any]) -> nn.Module:
     if is_a(model, LightningModule):
         model.configure_model()
     if not isinstance(model, nn.Module):
-        raise OptionError(f"{entry['class_path']} gives a {type(model).__name__}, which is no torch.nn.Module.")
+        raise OptionError(f"{entry['class_path']} gives {a_or_an(type(model).__name__)}, which is no torch.nn.Module.")
     return model
 
 

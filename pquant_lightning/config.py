@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from pquant_lightning.core.compression_method import CompressionMethod
-from pquant_lightning.core.errors import OptionError
+from pquant_lightning.core.errors import OptionError, a_or_an
 from pquant_lightning.pipelines._settings import Settings
 
 
@@ -48,7 +48,7 @@ class ConfigManager:
         except yaml.YAMLError as error:
             raise OptionError(f"{config_path} is no YAML: {error}") from error
         if not isinstance(config, dict):
-            raise OptionError(f"{config_path} holds a {type(config).__name__}; a configuration is a mapping.")
+            raise OptionError(f"{config_path} holds {a_or_an(type(config).__name__)}; a configuration is a mapping.")
         return config
 
     @staticmethod

@@ -137,7 +137,9 @@ def torch_layer(layer_type: str, config: Mapping[str, Any]) -> nn.Module:
             return _with_fresh_weights(CompressedLayer.build({**config, "kind": layer_type, "by": "backend"}, None))
         return cls(**config)
     except (TypeError, KeyError) as error:
-        raise OptionError(f"A {layer_type} cannot be made from {dict(config)!r}: {_what_is_wrong(error)}.") from error
+        raise OptionError(
+            f"A layer {layer_type!r} cannot be made from {dict(config)!r}: {_what_is_wrong(error)}."
+        ) from error
 
 
 def _what_is_wrong(error: TypeError | KeyError) -> str:

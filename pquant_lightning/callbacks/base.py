@@ -82,10 +82,12 @@ class _MethodCallback(Callback):
         artifact: after a fit, the file with the deployed model; on the last such callback.
         writes_artifact: whether it writes one.
         optional: whether it may change no layer, which is then only a warning.
+        shows_report: whether the report is logged.
     """
 
     writes_artifact = True
     optional = False
+    shows_report = True
 
     def __init__(self, method: CompressionMethod, name: str | None = None, reset_monitors: bool = True) -> None:
         if not isinstance(method, CompressionMethod):
@@ -508,7 +510,7 @@ def _report(trainer: Trainer, module: LightningModule) -> None:
     skipped = [skip for run in runs for skip in run.skipped if skip.name not in compressed_layers(module)]
     example = getattr(module, "example_input_array", None)
     report = make_report(module, example_inputs=example, errors=errors, skipped=skipped)
-    if trainer.is_global_zero and report != ours[-1].report:
+    if trainer.is_global_zero and ours[-1].shows_report and report != ours[-1].report:
         log.info("%s", report)
     ours[-1].report = report
 

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pquant_lightning.core.errors import CalibrationError
+from pquant_lightning.core.errors import CalibrationError, a_or_an, counted
 from pquant_lightning.core.layer_adapter import channel_dim
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Samples:
                 f"The calibration data ({type(source).__name__}) hold 0 samples; give a loader with at least one batch."
             )
         if found < count:
-            log.warning("Calibrated on %d samples; %d were asked for, and the loader holds no more.", found, count)
+            log.warning("The loader holds only %d samples, and %d were asked for: these are used.", found, count)
         return cls(tuple(batches), run or run_forward)
 
     @property
@@ -166,7 +166,7 @@ def bind_batch(model: nn.Module, batch: Any, labelled: bool = True) -> tuple[tup
     if len(inputs) < len(required):
         raise CalibrationError(
             f"{type(model).__name__}.forward requires {', '.join(p.name for p in required)}, and the calibration "
-            f"batches hold {len(inputs)} tensor(s). Give a loader whose batches have forward's arguments first."
+            f"batches hold {counted(len(inputs), 'input')}. Give a loader whose batches have forward's arguments first."
         )
     return tuple(inputs), {}
 
@@ -191,7 +191,7 @@ def main_output(output: Any) -> Tensor:
     for value in values if isinstance(values, list | tuple) else ():
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
-    raise CalibrationError(f"The model returns a {type(output).__name__}, which holds no tensor to compare.")
+    raise CalibrationError(f"The model returns {a_or_an(type(output).__name__)}, which holds no tensor to compare.")
 
 
 def run_samples(model: nn.Module, samples: Samples, batch_norms: bool = False) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.core._private import MODULE_HOOKS
 from pquant_lightning.core.compiled import plain_name, rename_to_plain, unwrap
-from pquant_lightning.core.errors import CheckpointError, PQuantError, known
+from pquant_lightning.core.errors import CheckpointError, PQuantError, counted, known
 from pquant_lightning.core.layer_adapter import ATTRIBUTES, as_torch, attribute_of, build_layer, full_name
 from pquant_lightning.core.load_checks import check_same_layer, separate_ties
 from pquant_lightning.core.registry import CompressionMethodRegistry
@@ -302,7 +302,7 @@ def rebuild(
     if stale:
         name, layer = next(iter(stale.items()))
         raise CheckpointError(
-            f"The checkpoint holds {len(stale)} uncompressed layer(s) that are compressed in this model, the first is "
+            f"The checkpoint holds {counted(len(stale), 'uncompressed layer')}, compressed in this model; the first is "
             f"{name!r} ({layer.described()}). Load it into the uncompressed model first, then compress: fit without "
             "ckpt_path, or compress_model(model, ...) after load_state_dict."
         )
@@ -345,7 +345,7 @@ def rebuild(
     restored = sum(getattr(old, "deployed", False) and not new.deployed for old, new in replaced)
     if restored:
         log.info(
-            "%d finalized layer(s) are back in their training form, as in the file that is being loaded.", restored
+            "The file that is loaded holds a training form: finalized layers become trainable again (%d).", restored
         )
     for holder, own, shared in ties:
         setattr(holder, own, shared)

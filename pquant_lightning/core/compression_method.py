@@ -446,7 +446,7 @@ class LayerMethod(CompressionMethod):
             old = get_layer(model, entry.name)
             ordinary = old if self._takes(old) else as_torch(old)
             if ordinary is None:
-                raise ModelError(f"The plan changes {entry.name!r}, a {type(old).__name__}, which has no adapter.")
+                raise ModelError(f"The plan changes {entry.name!r}, and {type(old).__name__} has no adapter.")
             new = CompressedLayer.build(entry.spec, old)
             with torch.no_grad(), context.undo.filling(new, old):
                 self.fill(new, ordinary, entry, context)
@@ -514,8 +514,18 @@ class LayerMethod(CompressionMethod):
         before, after = stored_bytes(layer), deployed_bytes(spec, layer)
         saving = 1 - after / before
         if self.min_saving > 0 and saving < self.min_saving:
-            return Skip(name, f"would take {after:,} bytes instead of {before:,} ({saving:.0%} saved)")
+            return Skip(name, _why_kept(before, after, self.min_saving))
         return LayerPlan(name, spec, plan.scratch)
+
+
+def _why_kept(before: int, after: int, min_saving: float) -> str:
+    """Why a layer that would save less than `min_saving` of its bytes is left alone."""
+    if after >= before:
+        return f"would not get smaller: {after:,} bytes instead of {before:,}"
+    return (
+        f"would save only {1 - after / before:.0%} ({after:,} bytes instead of {before:,}), less than "
+        f"min_saving={min_saving:g}"
+    )
 
 
 def _chosen(name: str, choices: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:

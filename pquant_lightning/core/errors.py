@@ -36,6 +36,25 @@ class CallbackOrderError(PQuantError):
     """The callbacks stand in an order in which they would undo or miss each other's work."""
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "layer"), counted(14, "layer")
+    ('1 layer', '14 layers')
+    """
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def a_or_an(word: str) -> str:
+    """A word with its article.
+
+    >>> a_or_an("Embedding"), a_or_an("Linear")
+    ('an Embedding', 'a Linear')
+    """
+    spelled = word.startswith(("LSTM", "RNN", "MLP"))  # read letter by letter
+    return f"an {word}" if spelled or word[:1].lower() in tuple("aeio") else f"a {word}"
+
+
 def known(name: object, names: Iterable[str]) -> str:
     """The tail of an "unknown name" message: the nearest name, then all known ones, nearest first.
 

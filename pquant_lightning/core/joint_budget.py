@@ -3,7 +3,8 @@
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from pquant_lightning.core.calibration import Samples, bind_batch, first_samples
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, LayerMethod
 from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import deploy, share_copy, stored_bytes
-from pquant_lightning.core.errors import BudgetError, ModelError, NothingToCompressError, OptionError, known
+from pquant_lightning.core.errors import BudgetError, ModelError, NothingToCompressError, OptionError, counted, known
 from pquant_lightning.core.output_error import OutputError
 from pquant_lightning.core.plan import Candidate
 from pquant_lightning.core.report import count_macs, make_report
@@ -70,10 +71,13 @@ class Share:
 
     def __str__(self) -> str:
         words = [
-            step.method.name if step.choices is None else f"{step.method.name} of {len(step.choices)} layer(s)"
+            step.method.name if step.choices is None else f"{step.method.name} of {counted(len(step.choices), 'layer')}"
             for step in self.steps
         ]
-        return f"{' + '.join(words)}: {self.kept:.1%} kept, output error {math.sqrt(self.loss):.3g}"
+        return (
+            f"{' + '.join(words) or 'no method'}: {self.kept:.1%} kept, relative error of the outputs "
+            f"{math.sqrt(self.loss):.3g}"
+        )
 
 
 def check_budget(budget: Mapping[str, float]) -> tuple[str, float]:
@@ -130,11 +134,26 @@ def share_budget(
     quantity, value = check_budget(budget)
     if quantity == "max_drop" and drop is None:
         raise OptionError("budget={'max_drop': ...} goes with monitor='...', the metric that may lose it.")
-    sharing = _Sharing(model, sorted(methods, key=lambda m: m.stage), quantity, samples, track)
-    if quantity != "max_drop":
-        return sharing.best(value)
-    assert drop is not None
-    return _smallest(sharing, value, drop)
+    with _methods_silent():
+        sharing = _Sharing(model, sorted(methods, key=lambda m: m.stage), quantity, samples, track)
+        if quantity != "max_drop":
+            return sharing.best(value)
+        assert drop is not None
+        return _smallest(sharing, value, drop)
+
+
+@contextmanager
+def _methods_silent() -> Iterator[None]:
+    """What methods say while candidates are tried is not what is done in the end; then they say it again."""
+    loggers = [logging.getLogger(f"pquant_lightning.{part}") for part in ("methods", "core.data_aware")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def apply_share(
@@ -288,7 +307,7 @@ class _Sharing:
                 "at least that, or add a method."
             )
         best = min(found, key=lambda share: share.loss)
-        log.info("budget %s=%g: %s", self.quantity, value, best)
+        log.info("The budget %s=%g is shared out: %s", self.quantity, value, best)
         return best
 
     def meet(self, value: float) -> Share:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from pquant_lightning.core.errors import PQuantError
+from pquant_lightning.core.errors import PQuantError, a_or_an
 from pquant_lightning.core.plan import LayerInfo
 from pquant_lightning.core.surgery import replace_layer
 
@@ -115,7 +115,7 @@ def as_torch(layer: nn.Module) -> nn.Module | None:
     equivalent = adapter(layer)
     if type(equivalent) not in SUPPORTED:
         raise PQuantError(
-            f"The adapter of {type(layer).__name__} gave a {type(equivalent).__name__}; it must give one of "
+            f"The adapter of {type(layer).__name__} gave {a_or_an(type(equivalent).__name__)}; it must give one of "
             f"{', '.join(cls.__name__ for cls in SUPPORTED)}."
         )
     if not any(parameter.requires_grad for parameter in layer.parameters()):
@@ -204,7 +204,15 @@ def why_unsupported(layer: nn.Module) -> str | None:
         return "is a lazy layer that is not built yet: run one batch through the model first"
     if all(parameter.dim() < 2 for parameter in own):
         return None
-    return f"no adapter for the type {type(layer).__name__} (register_adapter adds one)"
+    kind = type(layer).__name__
+    if next(layer.children(), None) is not None:
+        names = [name for name, parameter in layer.named_parameters(recurse=False) if parameter.dim() > 1]
+        shown = ", ".join(map(repr, names))
+        return (
+            f"the weights that it holds itself ({shown}) belong to no layer and stay as they are; if {kind} "
+            "is a layer, register_adapter makes it known"
+        )
+    return f"no adapter for the type {kind} (register_adapter adds one)"
 
 
 class LayerAdapter:

@@ -44,6 +44,9 @@ HEADINGS = ("Parameters", "Bytes", "MACs per sample", "Weight error")
 """The columns of figures, before and after: bytes are those of tensors, errors ||W - W'|| / ||W||."""
 
 
+_NO_MACS = "MACs are not counted: they need example inputs, and a forward that runs without looking at their values."
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One compressed layer before and after.
@@ -103,21 +106,26 @@ class CompressionReport:
         table = Table(title="Compression", title_justify="left", caption_justify="left")
         for heading in ("Layer", "Method"):
             table.add_column(heading, overflow="fold")
+        counted = self.macs is not None
         for heading in HEADINGS:
-            table.add_column(heading, justify="right")
+            if counted or not heading.startswith("MACs"):
+                table.add_column(heading, justify="right")
         for layer in self.layers:
             error = "" if layer.error is None else f"{layer.error:.2%}"
-            table.add_row(layer.name, layer.method, *map(_change, (layer.params, layer.size_bytes, layer.macs)), error)
+            figures = (layer.params, layer.size_bytes, layer.macs)[: 3 if counted else 2]
+            table.add_row(layer.name, layer.method, *map(_change, figures), error)
         table.add_section()
         table.add_row(
             "whole model",
             _kept(self.size_bytes),
-            *map(_change, (self.params, self.size_bytes, self.macs)),
+            *map(_change, (self.params, self.size_bytes, self.macs)[: 3 if counted else 2]),
         )
         if self.file_bytes is not None:
             table.add_row("file", _kept(self.file_bytes), "", _change(self.file_bytes))
         console = Console(file=io.StringIO(), width=120, color_system=None)
         console.print(table)
+        if not counted:
+            console.print(_NO_MACS, highlight=False)
         for skip in self.skipped:
             console.print(
                 f"left alone by {skip.by}: {skip.name}: {skip.reason}", highlight=False, markup=False, soft_wrap=True
@@ -227,7 +235,8 @@ def make_report(
         layers.append(LayerReport(name, ", ".join(words), params, size_bytes, macs(name), error))
     total = stored_bytes(before), stored_bytes(after) - sum(saved for saved, _ in sparse.values())
     params = count_params(before), count_params(after)
-    on_disk = (file_bytes(before, like=model), file_bytes(model)) if files else None
+    dense = before if original is None else original
+    on_disk = (file_bytes(dense, like=model), file_bytes(model)) if files else None
     return CompressionReport(tuple(layers), tuple(skipped), params, total, macs(""), on_disk)
 
 

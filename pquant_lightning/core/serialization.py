@@ -27,7 +27,7 @@ from pquant_lightning.core.deploy import (
     sparse_count,
     unpack_bits,
 )
-from pquant_lightning.core.errors import CheckpointError
+from pquant_lightning.core.errors import CheckpointError, a_or_an
 from pquant_lightning.core.hyperparameters import Arguments, arguments_of
 
 FORMAT_VERSION = 1
@@ -294,7 +294,7 @@ def read_checkpoint(path: Path, weights_only: bool | None = True) -> dict[str, A
     except Exception as error:  # damaged bytes make the unpickler fail in any way
         raise CheckpointError(f"{path} is truncated or no checkpoint: {str(error).partition(chr(10))[0]}.") from error
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint or state dict.")
+        raise CheckpointError(f"{path} holds {a_or_an(type(checkpoint).__name__)}, not a checkpoint or state dict.")
     return checkpoint
 
 

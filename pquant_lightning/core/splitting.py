@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pquant_lightning.core.attention import PROJECTIONS, UnfusedAttention
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers
 from pquant_lightning.core.deploy import share_copy
-from pquant_lightning.core.errors import ModelError
+from pquant_lightning.core.errors import ModelError, a_or_an
 from pquant_lightning.core.layer_adapter import FUSED, layer_spec
 from pquant_lightning.core.plan import LayerPlan
 from pquant_lightning.core.surgery import get_layer, replace_layer
@@ -152,5 +152,5 @@ def split_as_planned(model: nn.Module, splits: Sequence[LayerPlan]) -> None:
         if isinstance(old, UnfusedAttention):
             continue
         if not isinstance(old, nn.MultiheadAttention):
-            raise ModelError(f"The plan splits {entry.name!r}, a {type(old).__name__}, which is no fused layer.")
+            raise ModelError(f"The plan splits {entry.name!r}, {a_or_an(type(old).__name__)}, which is no fused layer.")
         replace_layer(model, entry.name, _unfuse(old, entry.spec, share_memory=False))

@@ -17,7 +17,7 @@ from pquant_lightning.backends.lowering.trace import Traced
 from pquant_lightning.core.compressed_layer import CompressedLayer, compressed_layers, install_hook, weight_of
 from pquant_lightning.core.compression_method import matches
 from pquant_lightning.core.copying import deep_copy
-from pquant_lightning.core.errors import CheckpointError, ModelError, known
+from pquant_lightning.core.errors import CheckpointError, ModelError, a_or_an, known
 from pquant_lightning.core.layer_adapter import as_torch, build_layer, layer_spec
 from pquant_lightning.core.partial import fingerprint, own_tensors, plain_name
 from pquant_lightning.core.plan import LayerPlan
@@ -318,10 +318,12 @@ def _build(
     ordinary = as_torch(below) if below_spec is None else build_layer(below_spec["layer"], device="meta")
     kind = None if ordinary is None else LORA_KINDS.get(type(ordinary))
     if ordinary is None or kind is None:
-        raise CheckpointError(f"The adapter of {name!r} is for a {type(below).__name__}, which is not covered.")
+        raise CheckpointError(f"The adapter of {name!r} is for {a_or_an(type(below).__name__)}, which is not covered.")
     a, b = (parts.get(f"lora_embedding_{x}" if issubclass(kind, LoRAEmbedding) else f"lora_{x}") for x in "AB")
     if a is None or b is None:
-        raise CheckpointError(f"The adapter of {name!r}, a {type(below).__name__}, has the factors {sorted(parts)}.")
+        raise CheckpointError(
+            f"The adapter of {name!r} has the factors {sorted(parts)}, which do not fit {type(below).__name__}."
+        )
     init = _INITS.get(str(config.get("init_lora_weights")), "default")
     spec = {
         "kind": kind.kind,

@@ -55,8 +55,8 @@ class Journal:
         changed = [key for key, value in self.fingerprint.items() if found.get(key) != value]
         if version != _VERSION or changed:
             raise CheckpointError(
-                f"{self.dirpath} holds a run of another pipeline: {', '.join(changed) or 'version'} differ(s). Run it "
-                "as it was, or give another dirpath."
+                f"{self.dirpath} holds a run of another pipeline; what differs: {', '.join(changed) or 'version'}. Run "
+                "it as it was, or give another dirpath."
             )
 
     def _write(self) -> None:

@@ -1,5 +1,6 @@
 """Several methods one after another, with training where wanted, a metric that is watched, and a way to go on."""
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -16,12 +17,13 @@ from torch import nn
 from pquant_lightning.callbacks._lightning import is_a
 from pquant_lightning.callbacks._validation import check_logged, validation_metrics
 from pquant_lightning.callbacks.base import CompressionCallback
-from pquant_lightning.core.calibration import Samples, describe_batch
+from pquant_lightning.core.calibration import Samples, bind_batch, describe_batch
 from pquant_lightning.core.compressed_layer import changed_layers, install_hook
 from pquant_lightning.core.compression_method import CompressionMethod
 from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import deploy
 from pquant_lightning.core.errors import (
+    CalibrationError,
     CallbackOrderError,
     ModelError,
     NothingToCompressError,
@@ -157,6 +159,8 @@ class CompressionPipeline:
     >>> [stage.name for stage in result.stages], result.report.params
     (['low_rank', 'ptq'], (4810, 1706))
     """
+
+    shows_report = True  # whether the report is logged at the end
 
     def __init__(
         self,
@@ -367,10 +371,17 @@ class _Run:
             few, many = (few, middle) if self._keeps() else (middle, many)
         if many == len(layers):
             self.model, self.callbacks = model, callbacks
-            log.warning("%s is put back: it costs more of %s than max_drop.", stage.name, self.pipeline.guard.monitor)
+            log.warning(
+                "%s is left out: it costs more of %s than max_drop allows.", stage.name, self.pipeline.guard.monitor
+            )
         else:
             attempt(layers[:many])
-            log.warning("%s leaves %s alone, so as to keep to max_drop.", stage.name, ", ".join(layers[:many]))
+            log.warning(
+                "%s leaves %s alone, as %s would lose more than max_drop with them.",
+                stage.name,
+                ", ".join(layers[:many]),
+                self.pipeline.guard.monitor,
+            )
         return layers[:many]
 
     def _act(self, stage: PipelineStage, place: int, left_out: Sequence[str]) -> None:
@@ -406,7 +417,7 @@ class _Run:
             chosen = step.method
             spared = replace(chosen, exclude=[*(chosen.exclude or []), *left_out]) if left_out else chosen
             callback = CompressionCallback(spared, name=f"stage {place + 1}")
-            callback.writes_artifact, callback.optional = False, True
+            callback.writes_artifact, callback.optional, callback.shows_report = False, True, False
             found.append(callback)
         return found
 
@@ -442,7 +453,7 @@ class _Run:
         assert self.before is not None
         assert after is not None
         drop = (self.before - after) * (1 if guard.mode == "max" else -1)
-        log.info("%s: %.6g, before all stages %.6g", guard.monitor, after, self.before)
+        log.info("%s: %.6g now, %.6g before all stages", guard.monitor, after, self.before)
         return drop <= guard.max_drop
 
     def _worst_first(self, before: nn.Module) -> list[str]:
@@ -461,16 +472,27 @@ class _Run:
         check_logged(monitor, found)
         return found[monitor]
 
+    def _example(self) -> Any:
+        """Inputs to count multiply-accumulates on: the module's own, or a batch of the training; None without both."""
+        own = getattr(self.original, "example_input_array", None)
+        if own is not None or self.train is None:
+            return own
+        with contextlib.suppress(CalibrationError):  # the batches may be none that forward takes
+            args, kwargs = bind_batch(self.original, Samples.take(self.train, 1).batches[0])
+            return kwargs or args
+        return None
+
     def finish(self, results: Iterable[StageResult]) -> CompressionResult:
         """Deploys the model, reports, evaluates, and writes the artefact."""
         if not changed_layers(self.model) and not any(callback._state for callback in self.callbacks):
-            raise NothingToCompressError("No stage changes a layer; the log gives the reasons.")
-        example = getattr(self.original, "example_input_array", None)
+            raise NothingToCompressError("No stage changes a layer; the lines above give the reasons.")
+        example = self._example()
         # before norms are folded into weights, which are then no longer comparable
         report = make_report(self.model, original=self.original, example_inputs=example, files=True)
         deploy(self.model)
         to_eval(self.model)
-        log.info("%s", report)
+        if self.pipeline.shows_report:
+            log.info("%s", report)
         evaluation = None
         if self.pipeline.evaluation is not None:
             evaluation = self.pipeline.evaluation.run(self.original, self.model, self.val)

@@ -37,6 +37,7 @@ LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 """Where the target of a batch that is a dict is looked for, in this order."""
 
 _FROM_BENCHMARK = ("latency", "throughput", "peak_memory")
+_WHOLE = ("bytes", "parameters", "MACs", "samples")  # units of which there are no parts
 _IGNORED_LABEL = -100  # as in torch's cross-entropy
 
 
@@ -102,6 +103,7 @@ class EvaluationReport:
         title = f"Evaluation on {self.samples} samples" if self.samples else "Evaluation"
         table = Table(title=title, title_justify="left")
         table.add_column("Metric", overflow="fold")
+        table.add_column("Unit")
         for heading in ("Before", "After", "After / before"):
             table.add_column(heading, justify="right")
         for metric in self.metrics:
@@ -109,7 +111,7 @@ class EvaluationReport:
             values = (metric.before, metric.after)
             shown = [_shown(v, metric.unit, i) for v, i in zip(values, intervals, strict=True)]
             ratio = f"{values[1] / values[0]:.2f}" if values[0] and values[1] is not None else ""
-            table.add_row(metric.name, *shown, ratio)
+            table.add_row(metric.name, metric.unit, *shown, ratio)
         console = Console(file=io.StringIO(), width=120, color_system=None)
         console.print(table)
         assert isinstance(console.file, io.StringIO)
@@ -121,8 +123,8 @@ def _shown(value: float | None, unit: str, interval: Estimate | None) -> str:
         return "not known"
     if unit == "share":
         return f"{value:.2%}"
-    number = f"{value:,.0f}" if unit in ("bytes", "parameters", "MACs", "samples/s") else f"{value:.4g}"
-    return f"{number} {unit}".rstrip() + (f" [{interval.low:.3g}, {interval.high:.3g}]" if interval else "")
+    number = f"{value:,.0f}" if unit.startswith(_WHOLE) and value == int(value) else f"{value:.4g}"
+    return number + (f" [{interval.low:.3g}, {interval.high:.3g}]" if interval else "")
 
 
 class EvaluationPipeline:

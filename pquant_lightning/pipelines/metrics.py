@@ -2,7 +2,7 @@
 
 METRICS = {
     "accuracy": "share",
-    "compression_ratio": "times fewer parameters",
+    "compression_ratio": "parameters before / after",
     "size": "bytes of the file",
     "params": "parameters",
     "macs": "MACs per sample",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pquant_lightning.core._private import DispatchMode
 from pquant_lightning.core.calibration import Samples, batch_size, run_samples
 from pquant_lightning.core.deploy import stored_bytes
-from pquant_lightning.core.errors import OptionError, known
+from pquant_lightning.core.errors import OptionError, counted, known
 from pquant_lightning.core.report import as_call
 
 CONFIDENCE = 0.95
@@ -318,7 +318,7 @@ class BenchmarkReport:
         return {"models": rows, "batch_size": self.batch_size, "device": self.device, "threads": self.threads}
 
     def __str__(self) -> str:
-        title = f"Benchmark: batch {self.batch_size}, {self.device}, {self.threads} thread(s)"
+        title = f"Benchmark: batch {self.batch_size}, {self.device}, {counted(self.threads, 'thread')}"
         table = Table(title=title, title_justify="left")
         table.add_column("Model", overflow="fold")
         for heading in ("ms, median [95 %]", "Relative time", "Samples/s", "Peak memory, bytes"):

@@ -206,11 +206,22 @@ class ModelAnalysis:
         return {"layers": layers, **totals, "suggestions": [asdict(s) for s in self.suggestions]}
 
     def __str__(self) -> str:
-        title = "Layers, largest first" + (f"; loss with {self.share:.0%} of the bytes" if self.methods else "")
+        title = "Layers, largest first" + (
+            f"; below a method, the squared relative error of the weight with {self.share:.0%} of its bytes"
+            if self.methods
+            else ""
+        )
         table = Table(title=title, title_justify="left")
         for heading in ("Layer", "Type", "Weight"):
             table.add_column(heading, overflow="fold")
-        for heading in ("Parameters", "Bytes", "MACs per sample", "Rank: effective, 95 %", "Weights", "Inputs"):
+        for heading in (
+            "Parameters",
+            "Bytes",
+            "MACs per sample",
+            "Rank: effective, 95 % of energy",
+            "Range of weights",
+            "of inputs",
+        ):
             table.add_column(heading, justify="right")
         for method in self.methods:
             table.add_column(method, justify="right")
@@ -226,7 +237,7 @@ class ModelAnalysis:
             options = ", ".join(f"{key}={value}" for key, value in item.options.items() if not isinstance(value, dict))
             console.print(
                 f"compress first ({place}): {item.layer} by {item.method} ({options}) saves {item.saved_bytes:,} bytes "
-                f"at a loss of {item.loss:.2g}",
+                f"at a squared relative weight error of {item.loss:.2g}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,

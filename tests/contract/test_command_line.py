@@ -1,6 +1,7 @@
 """Every callback by short name in YAML and on the command line, with help for every option."""
 
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -156,3 +157,16 @@ def test_the_command_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "load_compressed(MLP" in done.stderr
     assert compressed_layers(load_compressed(MLP, tmp_path / "compressed.safetensors"))
+
+
+@over_names
+def test_help_in_python_shows_the_options_with_their_texts(name: str) -> None:
+    """`help(QATCallback)`: the options stand in the docstring of the callback as in that of the method."""
+    callback: Any = TABLE[name].callback
+    method = type(callback(**TABLE[name].rows[0]).method)
+    shown = inspect.getdoc(callback)
+    assert shown is not None
+    assert "**options" not in shown
+    for field in dataclasses.fields(method):
+        owner = next(c for c in method.__mro__ if f"\n        {field.name}: " in (c.__dict__.get("__doc__") or ""))
+        assert f"{field.name}: {docstring_of(owner, field.name)}" in " ".join(shown.split())

@@ -320,7 +320,7 @@ def test_the_default_figures_of_evaluate(dense: Path, capsys: Any) -> None:
     assert list(found) == ["accuracy", "compression_ratio", "size", "latency"]
     files = [Path(name).stat().st_size for name in ("wide.safetensors", "compressed.safetensors")]
     assert [found["size"]["before"], found["size"]["after"]] == files
-    assert found["compression_ratio"]["unit"] == "times fewer parameters"
+    assert found["compression_ratio"]["unit"] == "parameters before / after"
 
 
 def test_analyze(dense: Path, capsys: Any) -> None:

@@ -202,7 +202,7 @@ def test_eight_bits_of_a_depthwise_net_lose_less(fold_norms: bool, package_log: 
         )
         found[option] = decibels(small, model, images(200, 99))
     assert found[True] > found[False] + 5
-    assert "between layers at 3 place(s)" in package_log.text
+    assert "equalized the ranges of channels across 3 pairs of layers" in package_log.text
 
 
 def test_in_a_trainer_the_artefact_is_equalized_and_an_earlier_checkpoint_is_not_deployed(tmp_path: Path) -> None:

@@ -323,7 +323,9 @@ class TestQAT:
     def test_quantizers(self, options: dict[str, Any], weights: str, inputs: str, package_log: Any) -> None:
         spec = compress_model(MLP(), "qat", min_saving=0.0, **options).fc2.spec
         assert (spec["weight_quantizer"], spec["act_quantizer"]) == (weights, inputs)
-        assert ("0 straight-through" in package_log.text) == ("ste" not in (weights, inputs) or weights != inputs)
+        learned = "ste" not in (weights, inputs) or weights != inputs
+        assert ("with learned scales" in package_log.text) == learned
+        assert ("with scales from the ranges of values" in package_log.text) != learned
 
     @pytest.mark.parametrize("quantizer", ["lsq", "pact"])
     def test_learned_scales_move_in_a_group_of_their_own(self, quantizer: str, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_eight_bit_inputs_with_outlier_channels_lose_less(scheme: str, package_l
         for strength in (None, 0.5)
     }
     assert found[0.5] > found[None] + 4
-    assert "smooths the inputs of layers at 3 place(s)" in package_log.text
+    assert "ptq has smoothed the inputs at 3 places" in package_log.text
 
 
 class TestAWQ:

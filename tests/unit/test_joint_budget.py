@@ -229,11 +229,11 @@ def test_in_a_pipeline_with_training_and_resume(tmp_path: Any, package_log: Any)
 
     result = run(tmp_path)
     assert result.report.size_ratio <= 0.21
-    assert "budget size=0.2" in package_log.text
+    assert "The budget size=0.2" in package_log.text
     (tmp_path / "model.safetensors").unlink()
     package_log.clear()
     again = run(tmp_path)
-    assert "budget size=0.2" not in package_log.text  # not shared out again
+    assert "The budget size=0.2" not in package_log.text  # not shared out again
     x = MLP.inputs(seed=3)[0]
     assert torch.equal(result.model(x), again.model(x))
 

@@ -230,3 +230,16 @@ def test_an_adapter_must_give_an_ordinary_layer():
 def test_adapters_are_for_module_classes(thing):
     with pytest.raises(PQuantError, match="takes a torch.nn.Module class"):
         register_adapter(thing, _to_linear)
+
+
+def test_weights_of_a_container_are_named_and_no_adapter_is_asked_for():
+    """`self.pos` of a whole model belongs to no layer: that the model has no adapter says nothing."""
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos = nn.Parameter(torch.zeros(4, 64))
+            self.fc = nn.Linear(64, 64)
+
+    reason = _reasons(LowRankCompression(rank=2), Classifier())["Classifier"]
+    assert reason.startswith("the weights that it holds itself ('pos') belong to no layer and stay as they are")

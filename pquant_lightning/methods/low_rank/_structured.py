@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, weight_of
 from pquant_lightning.core.deploy import SPARSE_FROM, sparse_bytes
+from pquant_lightning.core.errors import counted
 from pquant_lightning.core.layer_adapter import build_layer
 from pquant_lightning.methods.low_rank._factorizations import monarch_matrix
 from pquant_lightning.methods.low_rank._layers import (
@@ -83,7 +84,7 @@ class KroneckerLinear(_StructuredLinear, kind="kronecker_linear"):
 
     def described(self) -> str:
         m1, n1 = self.spec["sizes"]
-        return f"Kronecker, {self.spec['rank']} term(s) of {m1}x{n1}"
+        return f"Kronecker, {counted(self.spec['rank'], 'term')} of {m1}x{n1}"
 
 
 class MonarchLinear(_StructuredLinear, kind="monarch_linear"):

@@ -13,7 +13,7 @@ from pquant_lightning.core.calibration import Samples, batch_size, first_samples
 from pquant_lightning.core.compressed_layer import weight_of
 from pquant_lightning.core.compression_method import CompressionContext, relative_error
 from pquant_lightning.core.deploy import share_copy
-from pquant_lightning.core.errors import BudgetError
+from pquant_lightning.core.errors import BudgetError, counted
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.plan import Candidate, Skip
 from pquant_lightning.core.surgery import replace_layer
@@ -75,7 +75,7 @@ def measure(
     bits = [few for few in ALL_BITS if few < 16]
     weights = {n: weight_of(layer) for n, layer in layers.items() if isinstance(weight_of(layer), nn.Parameter)}
     if context.samples is None:
-        log.info("Sensitivities of %d layer(s) are those of their weights: there are no samples", len(layers))
+        log.info("No samples: how far %s can be rounded is judged by weights alone.", counted(len(layers), "layer"))
         losses = {
             name: {few: relative_error(weight.detach(), rounded(name, few)) ** 2 for few in bits}
             for name, weight in weights.items()
@@ -156,6 +156,8 @@ def share_bytes(choices: Mapping[str, Sequence[Candidate]], megabytes: float, re
 
 def _chosen(found: Mapping[str, Candidate]) -> dict[str, int]:
     bits = {name: int(candidate.options["bits"]) for name, candidate in found.items()}
-    shown = ", ".join(f"{list(bits.values()).count(count)} with {count}" for count in sorted(set(bits.values())))
-    log.info("Bits of %d layer(s): %s", len(bits), shown)
+    shown = ", ".join(
+        f"{count} bits in {counted(list(bits.values()).count(count), 'layer')}" for count in sorted(set(bits.values()))
+    )
+    log.info("Bits of the weights: %s", shown)
     return bits

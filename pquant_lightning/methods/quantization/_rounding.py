@@ -10,6 +10,7 @@ from torch import nn
 
 from pquant_lightning.core.affine import blocks
 from pquant_lightning.core.calibration import Samples
+from pquant_lightning.core.errors import counted
 from pquant_lightning.core.moments import InputMoments, MomentSource
 from pquant_lightning.methods.quantization._adaround import adaround_codes
 from pquant_lightning.methods.quantization._gptq import gptq_codes
@@ -46,10 +47,16 @@ def round_with_data(
     source = MomentSource(model, list(layers), samples, max_bytes)
     if source.blocks:
         log.info(
-            "Second moments do not fit into %s bytes: block by block, %d blocks", f"{max_bytes:,}", len(source.blocks)
+            "Second moments of the inputs do not fit into %s bytes: they are measured in %d blocks.",
+            f"{max_bytes:,}",
+            len(source.blocks),
         )
     elif (passes := len(source.parts)) > 1:
-        log.info("Second moments do not fit into %s bytes: %d passes over the samples", f"{max_bytes:,}", passes)
+        log.info(
+            "Second moments of the inputs do not fit into %s bytes: %d passes over the samples.",
+            f"{max_bytes:,}",
+            passes,
+        )
     scarce: list[tuple[str, int, int]] = []  # layer, vectors seen, their dimensions
     for part in source.parts:
         moments = {name: found for name in part if (found := source.get(name)) is not None}
@@ -58,13 +65,13 @@ def round_with_data(
         for alike in _alike({name: layers[name] for name in moments}):
             _round([layers[name] for name in alike], [moments[name] for name in alike], options)
     if missed := [name for name in layers if name not in source.counts]:
-        log.warning("Calibration never reached %s: rounded without data, by HQQ.", ", ".join(map(repr, missed)))
+        log.warning("The samples never reach %s: rounded without data, by HQQ.", ", ".join(map(repr, missed)))
     if scarce:
         name, count, size = scarce[0]
         log.warning(
-            "The second moments of %d layer(s) come from fewer vectors than they have dimensions (%r: %d for %d) and "
-            "are held up by damping (%g of the mean diagonal). More samples (num_samples) would serve the rounding.",
-            len(scarce),
+            "%s saw fewer input vectors than a vector has entries (%r: %d for %d): damping (%g of the mean diagonal) "
+            "makes up for the rest. More samples (num_samples) would serve the rounding.",
+            counted(len(scarce), "layer"),
             name,
             count,
             size,

@@ -10,7 +10,7 @@ from torch import nn
 from pquant_lightning.core.calibration import Samples, from_rank_zero
 from pquant_lightning.core.compressed_layer import compressed_layers, weight_of
 from pquant_lightning.core.compression_method import CompressionContext
-from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError
+from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError, counted
 from pquant_lightning.core.graph import trace
 from pquant_lightning.core.moments import has_moments
 from pquant_lightning.core.options import check_count
@@ -194,7 +194,7 @@ class PTQCompression(QuantizationMethod):
     def apply(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext | None = None) -> None:
         super().apply(model, plan, context)
         found = Counter(entry.spec["rounding"] for entry in plan.layers if entry.spec["bits"] < FLOAT)
-        shown = ", ".join(f"{count} layer(s) by {_WORDS[rounding]}" for rounding, count in found.items())
+        shown = ", ".join(f"{counted(count, 'layer')} by {_WORDS[rounding]}" for rounding, count in found.items())
         log.info("ptq rounds the weights of %s", shown)
 
     def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
@@ -226,9 +226,11 @@ class PTQCompression(QuantizationMethod):
             return
         links = from_rank_zero(find_links(model, trace(model, samples)), samples)
         if self.equalize:
-            log.info("ptq equalizes the ranges of channels between layers at %d place(s)", equalize(model, links))
+            log.info(
+                "ptq has equalized the ranges of channels across %s of layers", counted(equalize(model, links), "pair")
+            )
         if self.smooth is not None:
-            log.info("ptq smooths the inputs of layers at %d place(s)", smooth(model, links, samples, self.smooth))
+            log.info("ptq has smoothed the inputs at %s", counted(smooth(model, links, samples, self.smooth), "place"))
         if by_activations:
             scaled = scale_by_activations(model, links, samples, self.max_statistics_bytes)
             _leave_nearest(own_layers(model, by), scaled)

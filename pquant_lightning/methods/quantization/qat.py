@@ -11,7 +11,7 @@ from torch import nn
 
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext
-from pquant_lightning.core.errors import OptionError
+from pquant_lightning.core.errors import OptionError, counted
 from pquant_lightning.core.plan import CompressionPlan
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.schedule import scheduled
@@ -174,7 +174,15 @@ class QATCompression(QuantizationMethod):
         super().apply(model, plan, context)
         chosen = [(entry.spec["weight_quantizer"], entry.spec["act_quantizer"]) for entry in plan.layers]
         learned = sum("lsq" in pair or "pact" in pair for pair in chosen)
-        log.info("qat: %d layer(s) with learned scales, %d straight-through", learned, len(chosen) - learned)
+        parts = [
+            f"{counted(count, 'layer')} with {what}"
+            for count, what in (
+                (learned, "learned scales"),
+                (len(chosen) - learned, "scales from the ranges of values"),
+            )
+            if count
+        ]
+        log.info("qat trains %s.", " and ".join(parts))
 
     def attach(self, model: nn.Module, state: dict[str, Any]) -> None:
         _PARTS[model] = _parts_of(model)

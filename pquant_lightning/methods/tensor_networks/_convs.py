@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pquant_lightning.core.compressed_layer import weight_of
+from pquant_lightning.core.errors import a_or_an
 from pquant_lightning.core.layer_adapter import layer_spec
 
 Spec = dict[str, Any]
@@ -64,7 +65,7 @@ def depthwise(layer: Spec, channels: int) -> Spec:
 def why_no_kernel(layer: nn.Module) -> str | None:
     """Why there is no kernel to separate from the channels; None where there is."""
     if isinstance(layer, nn.Linear | nn.Embedding):
-        return f"a {type(layer).__name__} has no kernel; tensor_train and low_rank factorize it"
+        return f"{a_or_an(type(layer).__name__)} has no kernel; tensor_train and low_rank factorize it"
     if all(size == 1 for size in getattr(layer, "kernel_size", (1,))):
         return "its kernel is a single point, so that its weight is a matrix; low_rank factorizes it"
     out, in_ = to_kernel(weight_of(layer), layer_spec(layer)).shape[1:3]
