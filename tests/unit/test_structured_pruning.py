@@ -225,12 +225,57 @@ def test_the_plan_can_be_printed_saved_edited_and_applied() -> None:
 
 def test_least_squares_is_the_best_fit_from_the_inputs_that_stay() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
-    weight, kept = torch.randn(3, 6, generator=generator), torch.tensor([True, False, True, True, False, True])
-    found = least_squares(weight, x.T @ x, kept)
+    x = (torch.randn(200, 6, generator=generator) @ torch.randn(6, 6, generator=generator)).double()
+    weight, kept = torch.randn(3, 6, generator=generator).double(), torch.tensor([True, False, True, True, False, True])
+    found = least_squares(weight, x.T @ x, kept, 1e-4)
     best = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
     torch.testing.assert_close(found[:, kept], best, rtol=1e-2, atol=1e-3)
     assert bool((found[:, ~kept] == 0).all())
+    for unit in (1e-20, 1e20):
+        torch.testing.assert_close(
+            least_squares(weight, x.T @ x * unit, kept, 1e-4 * unit), found, rtol=1e-9, atol=1e-9
+        )
+    assert torch.equal(least_squares(weight, torch.zeros(6, 6), kept, 0.0), weight * kept)
+
+
+class Wide(nn.Module):
+    """Its second layer reads what the first gives; with 128 samples it has seen little of its 512 inputs."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(32, 512), nn.Linear(512, 64, bias=bias)
+        self.first.bias.data += 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.second(torch.relu(self.first(x)))
+        return result
+
+
+@pytest.mark.parametrize(("bias", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.float64)])
+def test_few_samples_do_not_pull_the_weights_that_stay_to_zero(bias: bool, dtype: torch.dtype) -> None:
+    net, generator = Wide(bias).to(dtype), torch.Generator().manual_seed(1)
+    samples, fresh = (torch.randn(n, 32, generator=generator).to(dtype) for n in (128, 2000))
+    small = pruned(net, [samples], sparsity=0.5, criterion="random", reconstruct=True)
+    with torch.no_grad():
+        hidden, seen = torch.relu(small.first(fresh)), torch.relu(small.first(samples))
+        if bias:
+            hidden, seen = (torch.cat([h, h.new_ones(len(h), 1)], 1) for h in (hidden, seen))
+        level = 1e-4 * seen.square().mean() * len(seen) * torch.eye(seen.shape[1], dtype=dtype)
+        shrunk = torch.linalg.solve((seen.T @ seen + level).double(), (seen.T @ net(samples)).double()).to(dtype)
+        errors = [float((y - net(fresh)).norm() / net(fresh).norm()) for y in (small(fresh), hidden @ shrunk)]
+    assert small.second.weight.dtype == dtype
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("unit", [2.0**-20, 2.0**20])
+def test_the_unit_of_the_inputs_does_not_count_in_a_reconstruction(unit: float) -> None:
+    net, x = Wide(True), torch.randn(128, 32, generator=torch.Generator().manual_seed(1))
+    scaled = Wide(True)
+    scaled.first.weight.data.mul_(unit)
+    scaled.first.bias.data.mul_(unit)
+    found = [pruned(m, [x], sparsity=0.5, criterion="random", reconstruct=True) for m in (net, scaled)]
+    torch.testing.assert_close(found[0].second.weight, found[1].second.weight)
 
 
 def test_reconstruction_and_recalibration_bring_the_output_closer() -> None:

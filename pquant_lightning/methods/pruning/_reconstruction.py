@@ -8,20 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from pquant_lightning.core.calibration import Samples, run_samples
+from pquant_lightning.core.errors import ModelError
 from pquant_lightning.core.layer_adapter import NORMS
-from pquant_lightning.core.moments import InputMoments, collect_moments
+from pquant_lightning.core.moments import collect_moments
 from pquant_lightning.methods.pruning._sized import Removed, Units, places_of
 
 log = logging.getLogger(__name__)
 
-_DAMPING = 1e-4  # of the mean of the second moment's diagonal
+_DAMPING = 1e-4  # at least so much of the mean variance of the inputs that stay
+_SCARCITY = 0.03  # so much of it where there are as many vectors as inputs: the fewer, the less a fit is to be trusted
 
 
 def reconstruct(model: nn.Module, groups: Sequence[Units], removed: Removed, samples: Samples) -> list[str]:
     """Fits the weights and biases of the Linear and ungrouped Conv layers that lose inputs to their old outputs.
 
-    With x the inputs, 1 appended, and K the inputs that stay: W_K = (E[W x x_K^T]) (E[x_K x_K^T])^-1, each layer for
-    itself, on the inputs that the unpruned model gives.
+    With x the inputs, K those that stay and R those that go: W_K + W_R E[x_R x_K^T] (E[x_K x_K^T] + damping)^-1, each
+    layer for itself, on the inputs that the unpruned model gives. Damping holds the weights that stay where they are.
+    Of layers with a bias the moments are those around the mean, which the bias takes care of.
 
     Returns:
         The names of the layers.
@@ -30,50 +33,44 @@ def reconstruct(model: nn.Module, groups: Sequence[Units], removed: Removed, sam
     for (tensor, dim), indices in places_of(groups, removed).items():
         name, _, attribute = tensor.rpartition(".")
         layer = model.get_submodule(name)
-        fits = isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d) and getattr(layer, "groups", 1) == 1
+        fits = isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and getattr(layer, "groups", 1) == 1
         if attribute == "weight" and dim == 1 and fits:
             lost[name] = indices
     found = collect_moments(model, list(lost), samples)
-    moments = {name: _with_constant(moments) for name, moments in found.items()}
-    for name, moment in moments.items():
-        conv: Any = model.get_submodule(name)
-        kept = torch.ones(moment.shape[0], dtype=torch.bool)
-        kept[:-1].unflatten(0, (conv.weight.shape[1], -1))[lost[name]] = False
+    for name, moments in found.items():
+        reader: Any = model.get_submodule(name)
+        columns = reader.weight.detach().flatten(1).double().clone()
+        kept = torch.ones(columns.shape[1], dtype=torch.bool, device=columns.device)
+        kept.unflatten(0, (reader.weight.shape[1], -1))[lost[name]] = False
+        moment = (moments.second if reader.bias is None else moments.covariance)[0]
+        share = max(_DAMPING, _SCARCITY * int(kept.sum()) / moments.count)
+        damping = share * float(moments.covariance[0].diagonal()[kept].mean())
+        fitted = least_squares(columns, moment, kept, damping)
+        if not fitted.isfinite().all():
+            raise ModelError(f"The fit of {name!r} to its old outputs is not finite: look at its weights and inputs.")
         with torch.no_grad():
-            fitted = least_squares(_with_bias(conv), moment, kept)
-            conv.weight.copy_(fitted[:, :-1].reshape(conv.weight.shape))
-            if conv.bias is not None:
-                conv.bias.copy_(fitted[:, -1])
-    if missed := [name for name in lost if name not in moments]:
+            reader.weight.copy_(fitted.reshape(reader.weight.shape))
+            if reader.bias is not None:
+                reader.bias.add_(((columns - fitted) @ moments.mean[0].double()).to(reader.bias))
+    if missed := [name for name in lost if name not in found]:
         log.warning("Calibration never reached %s: not reconstructed.", ", ".join(missed))
-    return list(moments)
+    return list(found)
 
 
-def _with_constant(moments: InputMoments) -> Tensor:
-    """The second moment of the inputs with a 1 appended, `(in + 1, in + 1)`."""
-    mean, second = moments.mean[0], moments.second[0]
-    above = torch.cat([second, mean[:, None]], 1)
-    return torch.cat([above, torch.cat([mean, mean.new_ones(1)])[None]])
-
-
-def _with_bias(layer: Any) -> Tensor:
-    weight: Tensor = layer.weight.float().flatten(1)
-    bias = weight.new_zeros(weight.shape[0]) if layer.bias is None else layer.bias.float()
-    return torch.cat([weight, bias[:, None]], 1)
-
-
-def least_squares(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
+def least_squares(weight: Tensor, moment: Tensor, kept: Tensor, damping: float) -> Tensor:
     """The weight that gives, from some inputs alone, nearly what it gave from all of them.
 
     Args:
-        weight: `(out, in)`.
+        weight: float64 `(out, in)`.
         moment: second moment of the inputs, `(in, in)`.
         kept: bool `(in,)`, the inputs that stay; the other columns become zero.
+        damping: added to the moment's diagonal, in its unit: it holds what stays to what it is.
     """
-    cross, own = (weight.double() @ moment.double())[:, kept], moment.double()[kept][:, kept]
-    own.diagonal().add_(_DAMPING * own.diagonal().mean())
-    fitted = torch.zeros_like(weight)
-    fitted[:, kept] = torch.linalg.solve(own, cross.T).T.to(weight.dtype)
+    moment, fitted = moment.double(), torch.where(kept, weight, 0.0)
+    own, cross = moment[kept][:, kept], weight[:, ~kept] @ moment[~kept][:, kept]
+    if damping > 0:  # else nothing that stays was ever anything but constant
+        own.diagonal().add_(damping)
+        fitted[:, kept] += torch.linalg.solve(own, cross.T).T
     return fitted
 
 
