@@ -83,7 +83,7 @@ def _plan(options: argparse.Namespace) -> tuple[str, Any]:
     skipped: list[Skip] = []
     errors: dict[str, float] = {}
     for method in methods:
-        context = CompressionContext(by=method.name, track=_track, samples=method.samples_of(target.data))
+        context = CompressionContext(by=method.name, track=_track, samples=method.samples_of(target.data, model))
         plan = method.checked_plan(model, context)
         entries.append({"method": method.name, "config": method.config, "plan": json.loads(plan.to_json())})
         texts.append(str(plan))
@@ -204,7 +204,7 @@ def _apply_plans(target: Target, path: str) -> nn.Module:
     for entry in data["plans"]:
         method = CompressionMethodRegistry.get(entry["method"], entry["config"])
         plan = CompressionPlan.from_json(json.dumps(entry["plan"]))
-        context = CompressionContext(by=plan.by, track=_track, samples=method.samples_of(target.data))
+        context = CompressionContext(by=plan.by, track=_track, samples=method.samples_of(target.data, model))
         method.carry_out(model, plan, context)
     return model
 

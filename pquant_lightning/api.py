@@ -101,7 +101,7 @@ def _act(methods: list[CompressionMethod], model: nn.Module, train: Any, val: An
             with undo.writing():
                 model = method.compress(model, train, val)
             continue
-        samples = method.samples_of(train)
+        samples = method.samples_of(train, model)
         context = CompressionContext(by=method.name, samples=samples, undo=undo)
         method.compress_in_place(model, context=context)
     install_hook(model)

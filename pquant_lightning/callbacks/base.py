@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from pquant_lightning.callbacks._checkpoints import best_path, read_as_trainer
 from pquant_lightning.callbacks._gradients import observe_step
-from pquant_lightning.callbacks._lightning import is_a, overrides
+from pquant_lightning.callbacks._lightning import is_a
 from pquant_lightning.callbacks._monitors import reset_monitors, reset_would_matter
 from pquant_lightning.callbacks._optimizers import follow_resized, repair_optimizers
 from pquant_lightning.core._private import averaged_models, launches_copies, resume_path, resume_switch
-from pquant_lightning.core.calibration import Samples, first_samples, run_samples
+from pquant_lightning.core.calibration import Samples, run_samples
 from pquant_lightning.core.compiled import rename_to_plain, renamed_as_saved, unwrap
 from pquant_lightning.core.compressed_layer import (
     Stage,
@@ -52,6 +53,7 @@ from pquant_lightning.core.optimizer import separate_groups
 from pquant_lightning.core.options import option_texts
 from pquant_lightning.core.partial import complete, omit_frozen
 from pquant_lightning.core.plan import CompressionPlan, Skip
+from pquant_lightning.core.reduction import on_all
 from pquant_lightning.core.report import CompressionReport, make_report
 from pquant_lightning.core.serialization import (
     artifact_metadata,
@@ -154,6 +156,7 @@ class _MethodCallback(Callback):
             return
         samples = _take_samples(trainer, module, self.method)
         self._state, self._complete = {}, False
+        everyone = None if samples is None else samples.of_all_processes()
         track = partial(_track, trainer)
         others = [callback for callback in _ours(trainer) if callback is not self]
         earlier = [callback for callback in others if callback.method.stage < self.method.stage]
@@ -163,7 +166,7 @@ class _MethodCallback(Callback):
             undo=undo, by=self.state_key, track=track, samples=samples, state=self._state, kept=names
         )
         try:
-            plan = self._shared_plan(trainer, module, context)
+            plan = self._shared_plan(trainer, module, context, everyone)
         except NothingToCompressError as error:
             if not self.optional:
                 raise
@@ -202,7 +205,12 @@ class _MethodCallback(Callback):
                 raise
             log.warning("%s", error)
 
-    def _shared_plan(self, trainer: Trainer, module: LightningModule, context: CompressionContext) -> CompressionPlan:
+    def _shared_plan(
+        self, trainer: Trainer, module: LightningModule, context: CompressionContext, samples: Samples | None
+    ) -> CompressionPlan:
+        """The plan of rank 0 from the samples of all; what it notes there goes with them."""
+        if samples is not context.samples:
+            context = replace(context, samples=samples, notes=dict(context.notes))
         plan: CompressionPlan | Exception | None = None
         if trainer.is_global_zero:
             try:
@@ -547,26 +555,39 @@ def _take_samples(trainer: Trainer, module: LightningModule, method: Compression
     if not method.wanted_samples_in_trainer:
         return None
     trainer.fit_loop.setup_data()
-    loader = trainer.train_dataloader
-    run = _predict if overrides("predict_step", module) else None
+    samples, failure = _fitting_samples(trainer, module, -(-method.wanted_samples_in_trainer // trainer.world_size))
+    if on_all(failure is None):
+        return samples
+    failure = failure or CalibrationError("The model cannot be run on the training batches of another process.")
+    if method.needs_samples:
+        raise failure
+    log.warning("%s goes on without calibration: %s", method.name, failure)
+    return None
+
+
+def _fitting_samples(
+    trainer: Trainer, module: LightningModule, count: int
+) -> tuple[Samples | None, CalibrationError | None]:
+    """Samples that the model can be run on, or why there are none; the processes go through this together."""
+    loader, samples, failure = trainer.train_dataloader, None, None
     try:
         if isinstance(loader, list | tuple | dict):
             raise CalibrationError(
                 "There are several training loaders, and it is not known which batches forward takes."
             )
-        samples = Samples.take(loader, -(-method.wanted_samples_in_trainer // trainer.world_size), run)
-        for _ in run_samples(module, Samples((first_samples(samples.batches[0], 2),), samples.run)):
+        samples = Samples.take(loader, count, datamodule=getattr(trainer, "datamodule", None))
+    except CalibrationError as error:
+        failure = error
+    taken = on_all(samples is not None)
+    if samples is None or not taken:
+        return samples, failure
+    samples = samples.fitted_to(module)
+    try:
+        for _ in run_samples(module, samples.few()):
             pass
     except CalibrationError as error:
-        if method.needs_samples:
-            raise
-        log.warning("%s goes on without calibration: %s", method.name, error)
-        return None
-    return samples
-
-
-def _predict(module: Any, batch: Any) -> Any:
-    return module.predict_step(batch, 0)
+        failure = error
+    return samples, failure
 
 
 def _track(trainer: Trainer, items: Iterable[Any], description: str) -> Iterable[Any]:

@@ -2,11 +2,11 @@
 
 import itertools
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from pquant_lightning.core.batches import tensors_in
 from pquant_lightning.core.calibration import Samples, run_samples
 from pquant_lightning.core.copying import deep_copy
 
@@ -35,7 +35,10 @@ def find_chain(model: nn.Module, layers: Collection[str], samples: Samples) -> t
     calls: list[tuple[str, list[Tensor], list[Tensor]]] = []  # name, tensors that came in, tensors that went out
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs, output: calls.append((name, _tensors((args, kwargs)), _tensors(output)))
+        def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            calls.append((name, list(tensors_in((args, kwargs))), list(tensors_in(output))))
+
+        return call
 
     names = {name for blocks in lists.values() for name in blocks}
     handles = [model.get_submodule(n).register_forward_hook(hook(n), with_kwargs=True) for n in names]
@@ -70,20 +73,14 @@ def _inside(layer: str, block: str) -> bool:
     return layer == block or layer.startswith(f"{block}.")
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in inner for tensor in _tensors(item)]
-
-
-@dataclass(frozen=True)
 class _Call:
-    """One call of a block: its arguments, in which `_HIDDEN` stands for the first tensor, and that tensor."""
+    """One call of a block: its arguments, in which `_HIDDEN` stands for the first tensor, and that tensor.
 
-    args: Any
-    kwargs: Any
-    hidden: Tensor
+    No dataclass: a batch of one would be cast to the model's precision, and these are as the block was given them.
+    """
+
+    def __init__(self, args: Any, kwargs: Any, hidden: Tensor) -> None:
+        self.args, self.kwargs, self.hidden = args, kwargs, hidden
 
 
 _HIDDEN = object()
@@ -125,7 +122,7 @@ class BlockInputs:
         def call(module: nn.Module, args: Any, kwargs: Any) -> None:
             if not self.fits:
                 return
-            hidden = _tensors((args, kwargs))[0]
+            hidden = next(tensors_in((args, kwargs)))
             if place == 0:
                 self._hidden.append(hidden.detach().clone())
                 self._held += hidden.nbytes
@@ -156,7 +153,7 @@ class BlockInputs:
     def advance(self) -> None:
         """Runs the present block, as it is now: what it returns are the inputs of the next one."""
         block = self.model.get_submodule(self.blocks[self.block])
-        self._hidden = [_tensors(output)[0] for output in run_samples(block, self.samples())]
+        self._hidden = [next(tensors_in(output)) for output in run_samples(block, self.samples())]
         self.block += 1
 
 

@@ -7,8 +7,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from pquant_lightning.core.batches import tensors_in
 from pquant_lightning.core.channel_labels import Block, Labelling, Labels, Operand, block_at, moved, take
-from pquant_lightning.core.graph import tensors_in
 
 KERNEL = "they are places in a kernel"
 LOOKED_UP = "they are looked up by index"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pquant_lightning.core._private import DispatchMode
+from pquant_lightning.core.batches import tensors_in
 from pquant_lightning.core.calibration import Samples, first_samples, run_samples
 from pquant_lightning.core.channel_labels import FIXED_SIZE, HEAD_WIDTH, MERGED, Block, Ids, Labelling, Labels
 from pquant_lightning.core.channel_rules import (
@@ -35,7 +36,6 @@ from pquant_lightning.core.channel_rules import (
     rule_of,
 )
 from pquant_lightning.core.channel_views import KERNEL, LOOKED_UP, tensors_of
-from pquant_lightning.core.graph import tensors_in
 
 OUTPUT = "they are outputs of the model, whose width stays"
 STOCK_ATTENTION = "they belong to nn.MultiheadAttention, whose code asks for all of its heads and channels"

@@ -263,7 +263,7 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
             ModelError: no layer can be changed, weights are not finite, or a lazy layer is not built yet.
         """
         copy = deep_copy(model)
-        self.compress_in_place(copy, self.samples_of(train_loader))
+        self.compress_in_place(copy, self.samples_of(train_loader, copy))
         install_hook(copy)
         return copy
 
@@ -283,9 +283,15 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
             if not self.trains:
                 self.step(model, context.state, 1.0)
 
-    def samples_of(self, loader: Any) -> Samples | None:
-        """As many samples of a loader as this method wants; None where it wants none or there is no loader."""
-        return None if loader is None or not self.wanted_samples else Samples.take(loader, self.wanted_samples)
+    def samples_of(self, loader: Any, model: nn.Module | None = None) -> Samples | None:
+        """As many samples of a loader as this method wants; None where it wants none or there is no loader.
+
+        Where a model is given they are run as it takes them (`Samples.fitted_to`).
+        """
+        if loader is None or not self.wanted_samples:
+            return None
+        samples = Samples.take(loader, self.wanted_samples)
+        return samples if model is None else samples.fitted_to(model)
 
     def checked_plan(self, model: nn.Module, context: CompressionContext) -> CompressionPlan:
         """The plan, or an error where it would change nothing."""

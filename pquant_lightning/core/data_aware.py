@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 from torch import nn
 
-from pquant_lightning.core.calibration import Samples, first_samples, is_distributed, run_samples
+from pquant_lightning.core.calibration import Samples, is_distributed, run_samples
 from pquant_lightning.core.compression_method import CompressionContext, LayerMethod
 from pquant_lightning.core.errors import CalibrationError
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.moments import InputMoments, MomentSource, has_moments
 from pquant_lightning.core.options import check_count
 from pquant_lightning.core.plan import CompressionPlan, LayerPlan
+from pquant_lightning.core.reduction import on_all
 from pquant_lightning.core.splitting import split_as_planned, split_view
 
 log = logging.getLogger(__name__)
@@ -73,15 +74,19 @@ class DataAwareMethod(LayerMethod):
         """The samples, or None where there are none, or the model does not run on them and need not."""
         if samples is None or not self.wanted_samples:
             return None
+        failure = None
         try:
-            for _ in run_samples(model, Samples((first_samples(samples.batches[0], 2),), samples.run)):
+            for _ in run_samples(model, samples.few()):
                 pass
         except CalibrationError as error:
-            if self.needs_samples:
-                raise
-            log.warning("%s goes on without data: %s", self.name, error)
-            return None
-        return samples
+            failure = error
+        if on_all(failure is None, samples):
+            return samples
+        failure = failure or CalibrationError("The model cannot be run on the samples of another process.")
+        if self.needs_samples:
+            raise failure
+        log.warning("%s goes on without data: %s", self.name, failure)
+        return None
 
     def _source(self, model: nn.Module, samples: Samples) -> MomentSource:
         layers = {name: as_torch(module) for name, module in self._targets(model, [])}
@@ -127,7 +132,7 @@ class DataAwareMethod(LayerMethod):
         if "source" in context.notes and has_moments(old):
             if moments is None:
                 context.notes["unreached"].append(plan.name)
-            elif moments.count < moments.second.shape[-1]:
+            elif moments.count < moments.width:
                 context.notes["singular"].append(plan.name)
         return moments
 

@@ -68,3 +68,14 @@ def known(name: object, names: Iterable[str]) -> str:
     ordered = [*near, *(n for n in names if n not in near)]
     shown = ", ".join(map(repr, ordered[:12])) + (f", ... ({len(ordered)} in all)" if len(ordered) > 12 else "")
     return f"Did you mean {near[0]!r}? Known: {shown}." if near else f"Known: {shown}."
+
+
+def named(names: Iterable[str], most: int = 5) -> str:
+    """The names of layers in a sentence; of many, some and their number.
+
+    >>> named(["fc"]), named(["a", "b"]), named("abcd", most=2)
+    ("layer 'fc'", "2 layers ('a', 'b')", "4 layers ('a', 'b', ...)")
+    """
+    found = list(names)
+    shown = ", ".join(map(repr, found[:most])) + (", ..." if len(found) > most else "")
+    return f"layer {shown}" if len(found) == 1 else f"{len(found)} layers ({shown})"

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pquant_lightning.core.calibration import Samples, _map, batch_size, run_samples
+from pquant_lightning.core.batches import map_tensors
+from pquant_lightning.core.calibration import Samples, batch_size, run_samples
 from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.errors import CalibrationError
 
@@ -71,7 +72,7 @@ def _tensors(batch: Any) -> list[Tensor]:
         found.append(tensor)
         return tensor
 
-    _map(note, batch)
+    map_tensors(note, batch)
     return found
 
 
@@ -91,7 +92,7 @@ def _size(batch: Any, place: Place) -> int:
 
 def _by_number(change: Callable[[int, Tensor], Tensor], batch: Any) -> Any:
     count = iter(range(len(_tensors(batch))))
-    return _map(lambda tensor: change(next(count), tensor), batch)
+    return map_tensors(lambda tensor: change(next(count), tensor), batch)
 
 
 def _resized(batch: Any, places: list[Place], length: int) -> Any:
@@ -105,7 +106,7 @@ def _resized(batch: Any, places: list[Place], length: int) -> Any:
 
 def _with_samples(batch: Any, count: int) -> Any:
     size = batch_size(batch)
-    return _map(lambda t: _repeated(t, 0, count) if t.dim() and t.shape[0] == size else t, batch)
+    return map_tensors(lambda t: _repeated(t, 0, count) if t.dim() and t.shape[0] == size else t, batch)
 
 
 def _repeated(tensor: Tensor, dim: int, length: int) -> Tensor:

@@ -4,7 +4,6 @@ The model runs as it is: no symbolic tracing, so that any Python in a `forward` 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pquant_lightning.core.calibration import Samples, first_samples, run_samples
+from pquant_lightning.core.batches import tensors_in
+from pquant_lightning.core.calibration import Samples, run_samples
 from pquant_lightning.core.layer_adapter import NORMS, as_torch
 
 _PRODUCERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -140,25 +140,13 @@ class _Recorder(TorchFunctionMode):
         return self.graph
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """The tensors in nested dicts, lists and tuples."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from tensors_in(value)
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from tensors_in(value)
-
-
 def trace(model: nn.Module, samples: Samples) -> Graph:
     """Records the data flow of the model on the first two samples, in eval mode; what they do not reach is unknown.
 
     Raises:
         CalibrationError: the model cannot be run on them.
     """
-    few = Samples((first_samples(samples.batches[0], 2),), samples.run)
+    few = samples.few()
     recorder = _Recorder(model)
     try:
         with torch.no_grad(), recorder:

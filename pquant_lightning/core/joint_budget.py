@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pquant_lightning.core.budget import allocate
-from pquant_lightning.core.calibration import Samples, bind_batch, first_samples
+from pquant_lightning.core.calibration import Samples, first_samples, run_samples
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, LayerMethod
 from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import deploy, share_copy, stored_bytes
@@ -222,9 +222,8 @@ class _Sharing:
         self.few = Samples(few, samples.run).on_one_process()
         self.error = OutputError(model, self.few)
         self.bytes = stored_bytes(model)
-        args, kwargs = bind_batch(model, self.few.batches[0])
-        self.example: Any = kwargs or args
-        self.macs = count_macs(model, self.example) or {}
+        self.example: Any = self.few.arguments_of(model)
+        self.macs = (None if self.example is None else count_macs(model, self.example)) or {}
         self.notes: dict[int, dict[str, Any]] = {}
         self.layers = self._layers()
         if not self.layers and not any(method.levels() for method in methods):
@@ -437,17 +436,18 @@ class _Sharing:
                     "The multiply-accumulates of this model cannot be counted: its forward looks at values."
                 )
             return after[""] / self.macs[""]
-        runs = {"before": _runner(self.model, self.example), "after": _runner(final, self.example)}
+        runs = {"before": self._runner(self.model), "after": self._runner(final)}
         timings = measure(runs, max_seconds=1.0)
         return timings["after"].relative_to(timings["before"]).median
 
+    def _runner(self, model: nn.Module) -> Callable[[], Any]:
+        twin, example = share_copy(model).eval(), self.example
+        if example is None:  # forward takes other batches
+            return lambda: list(run_samples(twin, self.few))
+        args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
 
-def _runner(model: nn.Module, example: Any) -> Callable[[], Any]:
-    args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
-    twin = share_copy(model).eval()
+        def run() -> Any:
+            with torch.inference_mode():
+                return twin(*args, **kwargs)
 
-    def run() -> Any:
-        with torch.inference_mode():
-            return twin(*args, **kwargs)
-
-    return run
+        return run

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pquant_lightning.core.block_chain import BlockInputs, find_chain
-from pquant_lightning.core.calibration import Samples, from_rank_zero, reduced, visit_inputs
-from pquant_lightning.core.errors import CalibrationError
+from pquant_lightning.core.calibration import Samples, visit_inputs
 from pquant_lightning.core.layer_adapter import as_torch
+from pquant_lightning.core.reduction import from_rank_zero, on_all, reduced_by_name
 
 log = logging.getLogger(__name__)
 
@@ -30,26 +30,40 @@ _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class InputMoments:
     """Means over all positions of all samples of the vectors x that the weight of a layer is multiplied with.
 
+    The second moments are held around the mean, where a mean much larger than the deviations costs no digits.
     With a reference model, x' is what the same layer receives there.
 
     Attributes:
         count: positions.
         mean: `(groups, n)`, of x.
-        second: `(groups, n, n)`, of x x^T.
+        covariance: `(groups, n, n)`, of (x - mean) (x - mean)^T.
         reference_mean: `(groups, n)`, of x'; None without a reference.
-        cross: `(groups, n, n)`, of (x' - x) x^T; None without a reference.
+        cross_covariance: `(groups, n, n)`, of (x' - x - their mean) (x - mean)^T; None without a reference.
     """
 
     count: int
     mean: Tensor
-    second: Tensor
+    covariance: Tensor
     reference_mean: Tensor | None = None
-    cross: Tensor | None = None
+    cross_covariance: Tensor | None = None
 
     @property
-    def covariance(self) -> Tensor:
-        """`(groups, n, n)`, of (x - mean) (x - mean)^T."""
-        return self.second - self.mean[:, :, None] * self.mean[:, None, :]
+    def width(self) -> int:
+        """n."""
+        return self.mean.shape[1]
+
+    @property
+    def second(self) -> Tensor:
+        """`(groups, n, n)`, of x x^T."""
+        return torch.baddbmm(self.covariance, self.mean.unsqueeze(-1), self.mean.unsqueeze(-2))
+
+    @property
+    def cross(self) -> Tensor | None:
+        """`(groups, n, n)`, of (x' - x) x^T; None without a reference."""
+        if self.cross_covariance is None or self.reference_mean is None:
+            return None
+        shift = self.reference_mean - self.mean
+        return torch.baddbmm(self.cross_covariance, shift.unsqueeze(-1), self.mean.unsqueeze(-2))
 
 
 def input_rows(layer: Any, x: Tensor) -> Tensor:
@@ -106,13 +120,18 @@ class _Products:
     """The sum of rows and their product with themselves; for layers that read one tensor (q, k, v) computed once."""
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # rows, their sum, their product
+        # rows, their sum, their distance from the shift, the shift, and the sum and product of these distances
+        self._last: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
-    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, rows: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows `(groups, positions, n)` minus the shift `(groups, n)`, their sum, and their product `(n, n)`."""
         total = rows.sum(1)
-        if self._last is None or not _same(rows, self._last[0]) or not torch.equal(total, self._last[1]):
-            self._last = (rows, total, rows.mT @ rows)
-        return total, self._last[2]
+        last = self._last
+        same = last is not None and _same(rows, last[0]) and torch.equal(total, last[1]) and torch.equal(shift, last[3])
+        if last is None or not same:
+            away = rows - shift.unsqueeze(1)
+            last = self._last = (rows, total, away, shift, away.sum(1).double(), away.mT @ away)
+        return last[2], last[4], last[5]
 
 
 def _same(rows: Tensor, last: Tensor) -> bool:
@@ -121,12 +140,14 @@ def _same(rows: Tensor, last: Tensor) -> bool:
 
 
 class _Sums:
-    """The sums behind `InputMoments`, in float32 (float64 where the inputs are)."""
+    """The sums behind `InputMoments`, in float32 (float64 where the inputs are), around the first batch's mean."""
 
-    def __init__(self, name: str, layer: nn.Module, paired: bool, products: _Products) -> None:
-        self.name, self.layer, self.paired, self.products = name, layer, paired, products
+    def __init__(self, layer: nn.Module, paired: bool, products: _Products) -> None:
+        self.layer, self.paired, self.products = layer, paired, products
         self.count = 0
-        self.sums: list[Tensor] = []  # of x and x x^T, and where paired of x' and (x' - x) x^T
+        self.shift = torch.empty(0)  # (groups, n), about the mean
+        # of x - shift (float64) and its product, and where paired of x' - x (float64) and its product with x - shift
+        self.sums: list[Tensor] = []
 
     def add(self, x: Tensor, reference: Tensor | None = None) -> None:
         if not isinstance(self.layer, _CONV):
@@ -147,24 +168,40 @@ class _Sums:
     def _add_rows(self, rows: Tensor, other: Tensor | None) -> None:
         groups, positions, n = rows.shape
         if not self.sums:
-            empty = [rows.new_zeros(groups, n), rows.new_zeros(groups, n, n)]
+            self.shift = rows.mean(1)
+            empty = [rows.new_zeros(groups, n, dtype=torch.float64), rows.new_zeros(groups, n, n)]
             self.sums = [*empty, *(torch.zeros_like(total) for total in empty if self.paired)]
         self.count += positions
-        total, product = self.products(rows)
+        away, total, product = self.products(rows, self.shift)
         self.sums[0] += total
         self.sums[1] += product
         if other is not None:
-            self.sums[2] += other.sum(1)
-            self.sums[3].baddbmm_((other - rows).mT, rows)
+            change = other - rows
+            self.sums[2] += change.sum(1).double()
+            self.sums[3].baddbmm_(change.mT, away)
 
-    def moments(self, samples: Samples) -> InputMoments:
-        if not all(total.isfinite().all() for total in self.sums):
-            raise CalibrationError(
-                f"The inputs of layer {self.name!r} hold NaN or infinite values in calibration. Look at the data and "
-                "the weights; a model that gives NaN cannot be calibrated."
-            )
-        count = int(reduced(torch.tensor(self.count, device=self.sums[0].device), samples))
-        return InputMoments(count, *(reduced(total, samples).div_(count) for total in self.sums))
+    def first_order(self) -> Tensor:
+        """float64 `(1 + paired, groups, n + 1)`: sums of x (and of x' - x), with the positions beside them."""
+        count = self.sums[0].new_full((len(self.shift), 1), self.count)
+        sums = [self.sums[0] + self.count * self.shift.double(), *self.sums[2:3]]
+        return torch.stack([torch.cat([total, count], -1) for total in sums])
+
+    def around(self, means: Tensor) -> list[Tensor]:
+        """The products, around the means `(1 + paired, groups, n)` instead of the shift; the sums are given up."""
+        away = (means[0] - self.shift.double()).to(self.shift.dtype)
+        total = self.sums[0].to(away.dtype)
+        found = [self.sums[1]]
+        _subtract_outer(found[0], total, away)
+        _subtract_outer(found[0], away, total - self.count * away)
+        if self.paired:  # sum of (d - D) (x - m)^T with d = x' - x, from the sum of d (x - shift)^T
+            found.append(self.sums[3])
+            _subtract_outer(found[1], self.sums[2].to(away.dtype), away)
+            _subtract_outer(found[1], means[1].to(away.dtype), total - self.count * away)
+        return found
+
+
+def _subtract_outer(product: Tensor, left: Tensor, right: Tensor) -> None:
+    product.baddbmm_(left.unsqueeze(-1), right.unsqueeze(-2), alpha=-1)
 
 
 def collect_moments(
@@ -190,18 +227,38 @@ def collect_moments(
 
     def sums_of(name: str) -> _Sums:
         if name not in found:
-            found[name] = _Sums(name, _ordinary(model, name), reference is not None, products)
+            found[name] = _Sums(_ordinary(model, name), reference is not None, products)
         return found[name]
 
     if reference is None:
         visit_inputs(model, names, samples, lambda name, x: sums_of(name).add(x))
     else:
-        for batch in samples.batches:
-            one = Samples((batch,), samples.run, samples.reduce)
+        for number, batch in enumerate(samples.batches, start=1):
+            one = replace(samples, batches=(batch,))
             expected: dict[str, list[Tensor]] = {name: [] for name in names}
-            visit_inputs(reference, names, one, partial(_keep, expected))
-            visit_inputs(model, names, one, lambda name, x: sums_of(name).add(x, expected[name].pop(0)))  # noqa: B023
-    return {name: sums.moments(samples) for name, sums in found.items()}
+            visit_inputs(reference, names, one, partial(_keep, expected), number=number)
+            visit_inputs(
+                model,
+                names,
+                one,
+                lambda name, x: sums_of(name).add(x, expected[name].pop(0)),  # noqa: B023
+                number=number,
+            )
+    return _moments(found, names, samples)
+
+
+def _moments(found: dict[str, _Sums], names: Sequence[str], samples: Samples) -> dict[str, InputMoments]:
+    """The sums of all processes as means: first the means of x, then the products around them."""
+    firsts = reduced_by_name({name: [sums.first_order()] for name, sums in found.items()}, names, samples)
+    means = {name: first[..., :-1] / first[..., -1:] for name, (first,) in firsts.items()}
+    products = {name: found.pop(name).around(means[name]) for name in list(found)}
+    result = {}
+    for name, totals in reduced_by_name(products, names, samples).items():
+        count, own = int(firsts[name][0][0, 0, -1]), means[name].to(totals[0].dtype)
+        covariance, *crosses = (total.div_(count) for total in totals)
+        reference = (means[name][0] + means[name][1]).to(covariance.dtype) if crosses else None
+        result[name] = InputMoments(count, own[0], covariance, reference, *crosses)
+    return result
 
 
 def _keep(kept: dict[str, list[Tensor]], name: str, x: Tensor) -> None:
@@ -273,8 +330,7 @@ class MomentSource:
         """Takes the inputs of the first block from a pass of the model; False where they do not fit."""
         self._inputs = BlockInputs(self.model, self.blocks, self.samples, self.max_bytes)
         self.passes += 1
-        device = next(self.model.parameters()).device
-        if int(reduced(torch.tensor(not self._inputs.fits, dtype=torch.int64, device=device), self.samples)):
+        if not on_all(self._inputs.fits, self.samples):
             log.info("The inputs of the blocks take more than %s bytes: the whole model is run.", f"{self.max_bytes:,}")
             self.blocks, self._inputs = (), None
         return self._inputs is not None
@@ -319,9 +375,7 @@ def _parts(model: nn.Module, names: Sequence[str], max_bytes: int) -> Iterator[l
 
 def covariance(moments: InputMoments, centred: bool) -> Tensor:
     """E[x x^T] `(groups, n, n)`, around the mean where a bias takes care of that."""
-    if not centred:
-        return moments.second
-    return moments.second - moments.mean.unsqueeze(-1) * moments.mean.unsqueeze(-2)
+    return moments.covariance if centred else moments.second
 
 
 def relative_moment(moment: Tensor) -> Tensor:

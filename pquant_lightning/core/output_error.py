@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
+from pquant_lightning.core.batches import tensors_in
 from pquant_lightning.core.calibration import Samples, run_samples
-from pquant_lightning.core.graph import tensors_in
 
 
 class OutputError:

@@ -326,7 +326,8 @@ class _Run:
                     steps[id(method)] = Step(method, replace(method, **saved["config"]), saved["choices"])
             return steps
         wanted = max([method.wanted_samples for method in methods] + [_SAMPLES])
-        share = share_budget(self.model, methods, pipeline.budget, Samples.take(self.train, wanted), drop=self._drop)
+        samples = Samples.take(self.train, wanted).fitted_to(self.model)
+        share = share_budget(self.model, methods, pipeline.budget, samples, drop=self._drop)
         found = {id(m): next((step for step in share.steps if step.given is m), None) for m in methods}
         for method in methods:
             if found[id(method)] is None:
@@ -390,7 +391,7 @@ class _Run:
             assert is_a(self.model, LightningModule)
             for callback in added:
                 if (choices := self._choices(stage, callback)) is not None:
-                    callback.compress_untrained(self.model, callback.method.samples_of(self.train), choices)
+                    callback.compress_untrained(self.model, callback.method.samples_of(self.train, self.model), choices)
             self.callbacks += added
             rate = [] if stage.lr is None else [SetLearningRate(stage.lr)]
             folder = self._folder(place, left_out)
@@ -404,7 +405,7 @@ class _Run:
                 self.model = method.compress(self.model, self.train, self.val)
                 continue
             choices = self._choices(stage, callback)
-            callback.compress_untrained(self.model, method.samples_of(self.train), choices)
+            callback.compress_untrained(self.model, method.samples_of(self.train, self.model), choices)
             self.callbacks.append(callback)
 
     def _callbacks(self, stage: PipelineStage, place: int, left_out: Sequence[str] = ()) -> list[CompressionCallback]:

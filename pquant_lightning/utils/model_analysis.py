@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from pquant_lightning.core.calibration import InputStatistics, Samples, bind_batch, collect_inputs
+from pquant_lightning.core.calibration import InputStatistics, Samples, collect_inputs
 from pquant_lightning.core.compressed_layer import CompressedLayer, changed_layers, weight_of
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, MethodFamily
 from pquant_lightning.core.deploy import count_params, deployed_form, stored_bytes
@@ -306,11 +306,10 @@ def analyze_model(
     offering = _offering(methods)
     inputs: dict[str, InputStatistics] = {}
     if loader is not None:
-        samples = Samples.take(loader, num_samples)
+        samples = Samples.take(loader, num_samples).fitted_to(model)
         inputs = collect_inputs(view, list(layers), samples)
         if example_inputs is None:
-            args, kwargs = bind_batch(view, samples.batches[0])
-            example_inputs = kwargs or args
+            example_inputs = samples.arguments_of(view)
     deployed = deployed_form(view)
     macs = None if example_inputs is None else macs_per_sample(deployed, example_inputs)
     items: Iterable[Any] = layers.items() if track is None else track(list(layers.items()), "analysing")

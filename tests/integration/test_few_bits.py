@@ -127,7 +127,7 @@ def test_layers_without_statistics_are_named_and_rounded_without(package_log: An
             return self.used(x)
 
     small = compress_model(Half(), "ptq", train_loader=loader(), bits=4, **WEIGHTS)
-    assert "never reach 'unused': rounded without data, by HQQ" in package_log.text
+    assert "never reach layer 'unused': rounded without data, by HQQ" in package_log.text
     assert roundings(small) == ["gptq", "hqq"]
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pquant_lightning import StructuredPruning, finalize
+from pquant_lightning.core.batches import tensors_in
 from pquant_lightning.core.compression_method import CompressionContext
-from pquant_lightning.core.graph import tensors_in
 from tests.zoo import NAMES, build
 
 # more than a quarter of their groups cannot go: width shared by all blocks, a bias per head made from a constant, ...

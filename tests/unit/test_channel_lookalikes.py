@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pquant_lightning import StructuredPruning, finalize, load_compressed, save_compressed
+from pquant_lightning.core.batches import tensors_in
 from pquant_lightning.core.calibration import Samples, run_forward
 from pquant_lightning.core.compression_method import CompressionContext
 from pquant_lightning.core.errors import ModelError
 from pquant_lightning.core.example_sizes import other_sizes
-from pquant_lightning.core.graph import tensors_in
 from pquant_lightning.methods.pruning._widths import Widths
 
 

@@ -151,7 +151,7 @@ def test_changed_inputs_are_regressed_to_the_reference(no_damping):
     reference = x @ mix.T + 0.3
     moments = _moments(layer, x)
     moments.reference_mean = reference.mean(0)[None]
-    moments.cross = ((reference - x).T @ x / len(x))[None]
+    moments.cross_covariance = ((reference - reference.mean(0) - x + x.mean(0)).T @ (x - x.mean(0)) / len(x))[None]
     new, _ = _built(layer, TruncatedSVDLinear, 9, moments)
     wanted = layer(reference)
     assert (wanted - new(x)).norm() < 1e-3 * wanted.norm()

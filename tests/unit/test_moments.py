@@ -131,10 +131,10 @@ def test_what_several_layers_read_is_multiplied_once(monkeypatch):
     products = moments._Products
 
     class Counted(products):
-        def __call__(self, rows):
-            total, product = super().__call__(rows)
-            made.append(product)  # kept, so that an id is not used again
-            return total, product
+        def __call__(self, rows, shift):
+            found = super().__call__(rows, shift)
+            made.append(found[-1])  # kept, so that an id is not used again
+            return found
 
     monkeypatch.setattr(moments, "_Products", Counted)
     found = collect_moments(model, ["q", "k", "after"], Samples.take([x[:12], x[12:]], 20))

@@ -82,11 +82,9 @@ def regressed(matrix: Tensor, moments: InputMoments, centred: bool) -> Tensor:
 
     W + W E[(x' - x) x^T] (C + damping)^-1, `(groups, m, n)`; W itself where the inputs have not changed.
     """
-    if moments.cross is None or moments.reference_mean is None:
+    cross = moments.cross_covariance if centred else moments.cross
+    if cross is None:
         return matrix
-    cross = moments.cross
-    if centred:
-        cross = cross - (moments.reference_mean - moments.mean).unsqueeze(-1) * moments.mean.unsqueeze(-2)
     root = damped_root(covariance(moments, centred).double(), REGRESSION_DAMPING)
     if root is None:
         return matrix

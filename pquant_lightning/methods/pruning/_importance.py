@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.core.calibration import Samples, visit_inputs
 from pquant_lightning.core.layer_adapter import NORMS, channel_dim
+from pquant_lightning.core.reduction import reduced_by_name
 from pquant_lightning.core.structure import tensor_at, whole
 
 Part = tuple[str, int, Tensor]  # see `Units`
@@ -86,6 +87,8 @@ def activation(model: nn.Module, groups: Sequence[Sequence[Part]], samples: Samp
         energy[name] = energy[name] + squares if name in energy else squares
 
     visit_inputs(model, sorted(names), samples, visit)
+    totals = reduced_by_name({name: [found] for name, found in energy.items()}, sorted(names), samples)
+    energy = {name: found for name, (found,) in totals.items()}
     scores = []
     for parts, own in zip(groups, readers, strict=True):
         found = [(name, dim, indices) for name, dim, indices in own if name.rpartition(".")[0] in energy]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pquant_lightning.core.calibration import Samples, run_samples
-from pquant_lightning.core.errors import ModelError
+from pquant_lightning.core.errors import ModelError, named
 from pquant_lightning.core.layer_adapter import NORMS
 from pquant_lightning.core.moments import collect_moments
 from pquant_lightning.methods.pruning._sized import Removed, Units, places_of
@@ -53,7 +53,7 @@ def reconstruct(model: nn.Module, groups: Sequence[Units], removed: Removed, sam
             if reader.bias is not None:
                 reader.bias.add_(((columns - fitted) @ moments.mean[0].double()).to(reader.bias))
     if missed := [name for name in lost if name not in found]:
-        log.warning("Calibration never reached %s: not reconstructed.", ", ".join(missed))
+        log.warning("Calibration never reached %s: not reconstructed.", named(missed))
     return list(found)
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pquant_lightning.core.calibration import Samples, reduced, visit_inputs
+from pquant_lightning.core.calibration import Samples, visit_inputs
 from pquant_lightning.core.layer_adapter import as_torch, build_layer, layer_spec
 from pquant_lightning.core.moments import DAMPING, MomentSource, has_moments
+from pquant_lightning.core.reduction import reduced_by_name
 from pquant_lightning.methods.pruning._layout import layout_of
 from pquant_lightning.methods.pruning._selection import check_finite, most_dropped
 
@@ -41,12 +42,20 @@ def squared_input_norms(model: nn.Module, names: list[str], samples: Samples) ->
         with torch.enable_grad():
             total = functional_call(twin, {"weight": weight}, (x.float().square(),)).sum()
         (norms,) = torch.autograd.grad(total, weight)
-        if torch.equal(norms, norms[:1].expand_as(norms)):
-            norms = norms[:1]
+        norms = _distinct(layer, norms)
         found[name] = found[name] + norms if name in found else norms
 
     visit_inputs(model, names, samples, visit)
-    return {name: reduced(norms.contiguous(), samples) for name, norms in found.items()}
+    totals = reduced_by_name({name: [norms] for name, norms in found.items()}, names, samples)
+    return {name: norms for name, (norms,) in totals.items()}
+
+
+def _distinct(layer: nn.Module, norms: Tensor) -> Tensor:
+    """The norms without the dimension of the outputs, where all of these read the same inputs."""
+    if getattr(layer, "groups", 1) > 1:
+        return norms
+    transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+    return norms.narrow(1 if transposed else 0, 0, 1).contiguous()
 
 
 def prune_with_correction(model: nn.Module, targets: dict[str, tuple[float, Any]], samples: Samples) -> list[str]:

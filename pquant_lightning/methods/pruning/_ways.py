@@ -14,10 +14,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pquant_lightning.core.calibration import Run, Samples, bind_batch, run_samples
+from pquant_lightning.core.batches import tensors_in
+from pquant_lightning.core.calibration import Samples, bind_batch, run_samples
 from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.errors import CalibrationError
-from pquant_lightning.core.graph import tensors_in
+from pquant_lightning.core.steps import Run
 from pquant_lightning.core.structure import replace_tensors
 
 Way = Callable[[nn.Module], list[Tensor]]  # runs a model, which it may change, and gives what it has computed

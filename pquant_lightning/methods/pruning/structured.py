@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pquant_lightning.core.calibration import Samples, first_samples, from_rank_zero
+from pquant_lightning.core.calibration import Samples, from_rank_zero
 from pquant_lightning.core.channels import Group, find_groups
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, Selection, check_weight
@@ -195,7 +195,7 @@ class StructuredPruning(CompressionMethod):
         for name, module in model.named_modules():
             if (ordinary := as_torch(module)) is not None:
                 check_weight(name, ordinary)
-        few = Samples((first_samples(samples.batches[0], 2),), samples.run)
+        few = samples.few()
         model = split_view(model, context.kept)
         sizes = replace(few, batches=(*few.batches, *other_sizes(model, few).batches))
         trial = Trial(model, sizes)

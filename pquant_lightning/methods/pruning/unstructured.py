@@ -21,7 +21,7 @@ from pquant_lightning.core.compression_method import (
     check_weight,
     matches,
 )
-from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError, known
+from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError, known, named
 from pquant_lightning.core.graph import outer_layers
 from pquant_lightning.core.layer_adapter import SUPPORTED, as_torch, why_unsupported
 from pquant_lightning.core.options import check_count, one_of
@@ -308,8 +308,9 @@ class UnstructuredPruning(CompressionMethod):
             }
             missed = _second_order.prune_with_correction(model, drops, context.samples)
             state.update(level=1.0, masks=None)
+        if missed:
+            log.warning("Calibration never reached %s: left dense.", named(name.rpartition(".")[0] for name in missed))
         for name in missed:
-            log.warning("Calibration never reached layer %r: it is left dense.", name.rpartition(".")[0])
             del state["targets"][name]
 
     def applied_to(self, model: nn.Module, state: dict[str, Any], by: str) -> bool:

@@ -75,7 +75,7 @@ def output_error(layer: Any, factor: Tensor, moments: InputMoments) -> float:
     codes, scale, zero = nearest_codes(values, weight_grid(values, spec), code_bits(spec))
     levels = codes if zero is None else codes - zero[..., None]
     rounded = unblock(levels * scale[..., None], weight.shape, layer.axis) / factor
-    error = (rounded - weight).reshape(len(moments.second), -1, moments.second.shape[-1])
+    error = (rounded - weight).reshape(len(moments.mean), -1, moments.width)
     centered = spec["correct_bias"] and isinstance(layer, nn.Linear)
     moment = moments.covariance if centered else moments.second
     return float(((error @ moment.to(error)) * error).sum())

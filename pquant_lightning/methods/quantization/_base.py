@@ -20,7 +20,7 @@ from pquant_lightning.core.compression_method import (
     relative_error,
 )
 from pquant_lightning.core.deploy import deployed_bytes, stored_bytes
-from pquant_lightning.core.errors import CalibrationError, OptionError, known
+from pquant_lightning.core.errors import CalibrationError, OptionError, known, named
 from pquant_lightning.core.graph import outer_layers, trace
 from pquant_lightning.core.layer_adapter import as_torch, layer_spec
 from pquant_lightning.core.options import check_count
@@ -284,11 +284,21 @@ class QuantizationMethod(LayerMethod):
                 layer.set_statistics(found[name], choose_range(found[name], self.observer, layer.spec["act_bits"]))
             else:
                 layer.miss_range()
-                log.warning("Calibration never reached layer %r: %s", name, layer.described())
+        _warn_missed({name: layer.described() for name, layer in asking.items() if name not in found})
 
     @classmethod
     def finalize(cls, model: nn.Module) -> None:
         fold_norms(model)
+
+
+def _warn_missed(described: dict[str, str]) -> None:
+    """One line for all layers that calibration has not reached, those that stay alike together."""
+    alike: dict[str, list[str]] = {}
+    for name, words in described.items():
+        alike.setdefault(words, []).append(name)
+    if alike:
+        shown = "; ".join(f"{named(names)}: {words}" for words, names in alike.items())
+        log.warning("Calibration never reached %s", shown)
 
 
 def _outputs_asked(layers: dict[str, QuantLayer]) -> dict[str, str]:

@@ -89,6 +89,11 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
     _known: bool | None
     observing: bool  # whether training moves `act_range`
     first_range: tuple[float, float] | None  # what a learned input scale starts from, where no calibration has said it
+    meets: bool  # whether `meet` moves it, after each step in all processes, and not each forward in this one
+    seen: Tensor | None  # (2,): -minimum and maximum of the inputs since the processes have met
+    unmet: bool  # whether the range is one that this process alone has seen
+    refused: bool  # whether inputs were not finite, and the range has not taken them
+    told: bool  # whether that has been said
     is_rescaled: bool  # whether factors have been moved into or out of the weight since it was made or loaded
     outdated: bool  # whether weights from before that have been loaded, for which no range is known
     folded: tuple[Tensor, Tensor] | None  # factor and shift of the norm to be folded in, while the model is deployed
@@ -101,6 +106,8 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
         layer = cls(**layer_config(spec))
         layer.observing = True
         layer.first_range = None
+        layer.meets = layer.unmet = layer.refused = layer.told = False
+        layer.seen = None
         layer.is_rescaled = layer.outdated = False
         layer.folded = None
         layer.rounded = None
@@ -154,29 +161,50 @@ class QuantLayer(CompressedLayer, stage=Stage.QUANTIZE):
         return learned_fake_quantize_activation(x, self.act_scale, self.act_zero, bits, rounding)
 
     def observe(self, x: Tensor) -> bool:
-        """Moves the range towards this batch's minimum and maximum over all processes.
+        """Moves the range towards this batch's minimum and maximum; those that are not finite are left out.
+
+        Where several processes train, `meet` does so for all of them.
 
         Returns:
             Whether a value may lie outside the range.
         """
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if x.numel() == 0 and not distributed:
+        if x.numel() == 0:
             return False
         with torch.no_grad():
-            low, high = torch.aminmax(x.detach()) if x.numel() else (x.new_tensor(torch.inf), x.new_tensor(-torch.inf))
+            low, high = torch.aminmax(x.detach())
             extremes = torch.stack([-low, high]).float()
-            if distributed:
-                torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
-            extremes[0].neg_()
-            if self.known:
-                self.act_range.lerp_(extremes, RANGE_MOMENTUM)
-            else:
-                self.act_range.copy_(extremes)
-                self._known = True
-            if extremes.is_cuda or torch.compiler.is_compiling():
+            finite = extremes.isfinite().all()
+            waits = extremes.is_cuda or torch.compiler.is_compiling()
+            if not waits and not finite:
+                self.refused = not self.told
                 return True
-            (batch_low, batch_high), (low, high) = extremes.tolist(), self.act_range.tolist()
+            if self.meets:
+                extremes = extremes.where(finite, -torch.inf)
+                self.seen = extremes if self.seen is None else self.seen.maximum(extremes)
+            if not (self.meets and self.known):
+                self.unmet = self.meets  # a first batch is rounded by what this process sees
+                self._move_range(extremes, finite)
+            if waits:
+                return True
+            (batch_low, batch_high), (low, high) = (-extremes[0], extremes[1]), self.act_range.tolist()
             return bool(batch_low < min(low, 0.0) or batch_high > max(high, 0.0))
+
+    def _move_range(self, extremes: Tensor, finite: Tensor) -> None:
+        """Moves the range towards -minimum and maximum `(2,)`, if these are finite."""
+        ends = torch.stack([-extremes[0], extremes[1]])
+        if self.known:
+            self.act_range.copy_(torch.where(finite, self.act_range.lerp(ends, RANGE_MOMENTUM), self.act_range))
+        else:
+            self.act_range.copy_(torch.where(finite, ends, self.act_range))
+            self._known = True if finite.is_meta or torch.compiler.is_compiling() else bool(finite) or None
+
+    def meet(self, extremes: Tensor) -> None:
+        """Takes what all processes have seen since they last met, -minimum and maximum `(2,)`; -inf is nothing."""
+        if self.unmet:
+            self.act_range.copy_(self.act_range.new_tensor([torch.inf, -torch.inf]))
+            self._known = None
+        self._move_range(extremes, extremes.isfinite().all())
+        self.seen, self.unmet = None, False
 
     @property
     def known(self) -> bool:

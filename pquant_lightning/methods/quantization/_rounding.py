@@ -10,7 +10,7 @@ from torch import nn
 
 from pquant_lightning.core.affine import blocks
 from pquant_lightning.core.calibration import Samples
-from pquant_lightning.core.errors import counted
+from pquant_lightning.core.errors import counted, named
 from pquant_lightning.core.moments import InputMoments, MomentSource
 from pquant_lightning.methods.quantization._adaround import adaround_codes
 from pquant_lightning.methods.quantization._gptq import gptq_codes
@@ -60,12 +60,12 @@ def round_with_data(
     scarce: list[tuple[str, int, int]] = []  # layer, vectors seen, their dimensions
     for part in source.parts:
         moments = {name: found for name in part if (found := source.get(name)) is not None}
-        sizes = {name: found.second.shape[1] for name, found in moments.items()}
+        sizes = {name: found.width for name, found in moments.items()}
         scarce += [(name, source.counts[name], size) for name, size in sizes.items() if source.counts[name] < size]
         for alike in _alike({name: layers[name] for name in moments}):
             _round([layers[name] for name in alike], [moments[name] for name in alike], options)
     if missed := [name for name in layers if name not in source.counts]:
-        log.warning("The samples never reach %s: rounded without data, by HQQ.", ", ".join(map(repr, missed)))
+        log.warning("The samples never reach %s: rounded without data, by HQQ.", named(missed))
     if scarce:
         name, count, size = scarce[0]
         log.warning(
@@ -95,7 +95,7 @@ def _alike(layers: dict[str, QuantLayer]) -> list[list[str]]:
 
 def _round(layers: list[QuantLayer], moments: list[InputMoments], options: DataRounding) -> None:
     spec = layers[0].spec
-    groups = moments[0].second.shape[0]
+    groups = len(moments[0].mean)
     values = torch.cat([blocks(layer.weight.detach(), 0, spec["group_size"]) for layer in layers])
     scale, zero = weight_grid(values, {**spec, "range": "mse"})  # HQQ's grid costs more and gains nothing here
     centered = [_is_centered(layer) for layer in layers]

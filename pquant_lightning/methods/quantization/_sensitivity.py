@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pquant_lightning.core.batches import tensors_in
 from pquant_lightning.core.calibration import Samples, run_samples
 from pquant_lightning.core.errors import CalibrationError
-from pquant_lightning.core.graph import tensors_in
 
 _DRAWS = 4  # random directions per batch
 Losses = dict[str, dict[int, float]]  # by layer and bits: squared error of the output / squared output

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pquant_lightning.core.calibration import Samples, reduced, visit_inputs
+from pquant_lightning.core.calibration import Samples, visit_inputs
 from pquant_lightning.core.layer_adapter import channel_dim
+from pquant_lightning.core.reduction import reduced_by_name
 from pquant_lightning.methods.quantization._layers import QuantLayer
 from pquant_lightning.methods.quantization._scaling import Link, reader_ranges, rescale
 
@@ -49,7 +50,8 @@ def largest_inputs(model: nn.Module, names: Sequence[str], samples: Samples) -> 
         found[name] = torch.maximum(found[name], largest) if name in found else largest
 
     visit_inputs(model, names, samples, visit)
-    return {name: reduced(largest, samples, torch.distributed.ReduceOp.MAX) for name, largest in found.items()}
+    totals = reduced_by_name({name: [largest] for name, largest in found.items()}, names, samples, by="max")
+    return {name: largest for name, (largest,) in totals.items()}
 
 
 def _rounds_inputs(layer: Any) -> bool:

@@ -11,8 +11,9 @@ from torch import nn
 
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.compression_method import CompressionContext
-from pquant_lightning.core.errors import OptionError, counted
+from pquant_lightning.core.errors import OptionError, counted, named
 from pquant_lightning.core.plan import CompressionPlan
+from pquant_lightning.core.reduction import is_distributed, reduced
 from pquant_lightning.core.registry import CompressionMethodRegistry
 from pquant_lightning.core.schedule import scheduled
 from pquant_lightning.methods.quantization._allocation import choices_of, measure, share_bits
@@ -185,7 +186,21 @@ class QATCompression(QuantizationMethod):
         log.info("qat trains %s.", " and ".join(parts))
 
     def attach(self, model: nn.Module, state: dict[str, Any]) -> None:
-        _PARTS[model] = _parts_of(model)
+        parts = _PARTS[model] = _parts_of(model)
+        for layer in parts.layers:
+            layer.meets = is_distributed()
+
+    def observe(self, model: nn.Module, state: dict[str, Any]) -> None:
+        layers = (_PARTS.get(model) or _parts_of(model)).layers
+        if any(layer.refused for layer in layers):
+            _warn_refused(model)
+        meeting = [layer for layer in layers if layer.meets and hasattr(layer, "act_range")]
+        if not meeting:
+            return
+        nothing = meeting[0].act_range.new_full((2,), -torch.inf)
+        seen = torch.stack([nothing if layer.seen is None else layer.seen for layer in meeting])
+        for layer, extremes in zip(meeting, reduced(seen, by="max"), strict=True):
+            layer.meet(extremes)
 
     def step(self, model: nn.Module, state: dict[str, Any], progress: float) -> None:
         parts = _PARTS.get(model) or _parts_of(model)
@@ -198,6 +213,18 @@ class QATCompression(QuantizationMethod):
         for norm in parts.norms:
             if norm.training and progress >= self.freeze_norms:
                 norm.eval()  # again after each validation, which puts the whole model back into training
+
+
+def _warn_refused(model: nn.Module) -> None:
+    """Says, once for each layer, that a training batch gave it values that no range can be made of."""
+    found = compressed_layers(model).items()
+    refused = {name: layer for name, layer in found if isinstance(layer, QuantLayer) and layer.refused}
+    log.warning(
+        "qat: the inputs of %s held NaN or infinite values in a training batch; their ranges have not taken them.",
+        named(refused),
+    )
+    for layer in refused.values():
+        layer.refused, layer.told = False, True
 
 
 def _parts_of(model: nn.Module) -> _Parts:

@@ -87,7 +87,7 @@ def output_rows(weight: Tensor, layer: nn.Module, moments: InputMoments) -> Tens
     if not isinstance(layer, CONVS):
         return weight.unsqueeze(0)
     kernel = to_kernel(weight, layer_spec(layer)).flatten(3)
-    return kernel_rows(kernel, moments.second.shape[-1]).flatten(1, 2)
+    return kernel_rows(kernel, moments.width).flatten(1, 2)
 
 
 def output_moment(layer: nn.Module, moments: InputMoments) -> Tensor:
