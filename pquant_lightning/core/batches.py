@@ -165,7 +165,7 @@ def _listed(batch: Any) -> _Extent | None:
     value, found = batch, None
     while found is None and isinstance(value, list | tuple) and not hasattr(value, "_fields") and value:
         pair = value is batch and isinstance(value[0], Tensor)  # inputs and target, by convention
-        if _alike(value) and not (pair and not _images(value)):
+        if _alike(value) and not pair:
             found = value
         value = value[0]
     if found is None:

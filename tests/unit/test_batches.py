@@ -133,6 +133,8 @@ MASKED = {"input_ids": torch.zeros(6, 9), "attention_mask": torch.zeros(6, 9)}
         ([[torch.zeros(3, 5, 6), torch.zeros(3, 5, 6)], torch.zeros(3)], 3),  # two series of three samples
         ([[torch.zeros(8, 3, 32, 32), torch.zeros(8, 3, 32, 32)], torch.zeros(8)], 8),  # two views
         ([torch.zeros(8, 3, 9, 9), torch.zeros(8, 3, 9, 9)], 8),
+        ((torch.zeros(3, 16, 6),), 3),  # three sequences
+        ((torch.zeros(3, 16, 6), torch.zeros(3, 16, 6)), 3),
         ([MASKED, MASKED], 6),  # a pair of sentences
         (graphs(), 3),
         ((graphs(), torch.zeros(3)), 3),
@@ -251,6 +253,10 @@ class TestBind:
         args, _ = bind_batch(Detector(), batch)
         assert args[0] is batch[0]
         assert Detector()(*args).tolist() == [6, 6]
+
+    def test_three_sequences_are_no_image(self) -> None:
+        batch = (torch.zeros(3, 16, 6),)
+        assert bind_batch(Detector(), batch)[0] == batch
 
     def test_a_list_of_dicts_is_one_argument(self) -> None:
         batch = [{"image": image} for image in pictures(6, 7)]
