@@ -165,6 +165,11 @@ def _check_methods(options: argparse.Namespace) -> None:
 
 def _check_compress(options: argparse.Namespace) -> None:
     _check_methods(options)
+    if Path(options.output).suffix not in ("", ".safetensors", ".pt"):  # said before the work is done, not after it
+        raise OptionError(
+            f"--output {options.output}: compress writes .safetensors, .pt or a directory; pquant export writes other "
+            "formats from such a file."
+        )
     parse_budget(options.budget)
     if options.plan is not None and not Path(options.plan).exists():
         raise OptionError(f"--plan {options.plan} cannot be read: there is no such file.")

@@ -228,7 +228,9 @@ def save_compressed(model: nn.Module, path: str | Path) -> Path:
     elif path.suffix == ".safetensors":
         write_artifact(model, path, artifact_metadata(model))
     else:
-        raise OptionError(f"save_compressed writes .safetensors, .pt or a directory, got {path.name!r}.")
+        raise OptionError(
+            f"save_compressed writes .safetensors, .pt or a directory, got {path.name!r}; export_model writes others."
+        )
     return path
 
 

@@ -101,6 +101,7 @@ class EvaluationReport:
 
     def __str__(self) -> str:
         title = f"Evaluation on {self.samples} samples" if self.samples else "Evaluation"
+        title += f", time and memory on a batch of {self.batch_size}" if self.batch_size else ""
         table = Table(title=title, title_justify="left")
         table.add_column("Metric", overflow="fold")
         table.add_column("Unit")

@@ -369,6 +369,7 @@ def failing(capsys: Any, *arguments: str) -> tuple[Any, str]:
         (["compress", *MODEL, *DATA, *LOW_RANK, "--budget", "sise=0.1"], 2, "Did you mean 'size'"),
         (["compress", *MODEL, *DATA, *LOW_RANK, "--budget", "size"], 2, "size=0.1"),
         (["compress", *MODEL, *LOW_RANK, "--budget", "size=0.5"], 2, "give run a train_loader"),
+        (["compress", *MODEL, *LOW_RANK, "--output", "a.onnx"], 2, "pquant export writes other formats"),
         (["report"], 2, "--run DIR, or --compressed FILE"),
         (["report", *MODEL, "--compressed", "x", "--output", "page.pdf"], 2, "ends in .html, .md, .json"),
         (["export", *MODEL, "--output", "a.pt2", "--format", "onnx"], 2, "'a.pt2' is that of 'pt2'"),
