@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pquant_lightning import (
     LowRankCallback,
@@ -455,3 +456,28 @@ def test_frozen_layers_are_pruned_by_magnitude(tmp_path: Path) -> None:
     model.fc2.requires_grad_(False)
     fit(quiet_trainer(tmp_path, [PruningCallback(sparsity=0.5)], max_epochs=2), model)
     assert int((model.fc2.weight == 0).sum()) == 384
+
+
+class TurnedWeight(MLP):
+    """A square layer whose weight is (inputs, outputs), which quantization makes (outputs, inputs)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = Conv1D(24, 24)
+        nn.init.normal_(self.turned.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc2(self.fc1(x).relu()).relu()
+        result: Tensor = self.head(self.turned(hidden).relu())
+        return result
+
+
+def test_zeros_of_a_weight_that_another_method_turns_stay_where_they_are(tmp_path: Path) -> None:
+    model = built(TurnedWeight)
+    compress_model(model, "unstructured_pruning", sparsity=0.5, include=["turned"], inplace=True)
+    gone = model.turned.weight.detach() == 0
+    callbacks = [PruningCallback(sparsity=0.6, include=["turned"], start=0.5, end=0.9), QATCallback(bits=8)]
+    weight = fit(quiet_trainer(tmp_path, callbacks, max_epochs=2), model).turned.weight
+    assert gone.float().mean() == 0.5
+    assert (weight.T[gone] == 0).all()
+    assert (weight == 0).float().mean().item() == pytest.approx(0.6, abs=0.005)

@@ -286,6 +286,7 @@ class UnstructuredPruning(CompressionMethod):
         context.state.update(targets=targets, level=0.0, scores={}, norms={}, origin={}, masks={})
         pruned = {name: model.get_parameter(name) for name in targets}
         context.state["masks"] = _masks.packed(_masks.of_zeros(pruned))  # what has been pruned before stays
+        context.state["turned"] = [name for name in targets if _layout(model, name) == _TURNED]
 
     def calibrate(self, model: nn.Module, context: CompressionContext) -> None:
         if self.criterion not in _DATA:
@@ -319,6 +320,7 @@ class UnstructuredPruning(CompressionMethod):
             return self._find_zeros(model, state)
         if not all(name in parameters for name in state["targets"]):
             return False
+        _follow_turned(model, state)
         masks = _masks.live(model, state)
         return all(bool((_masks.local(parameters[name]) * (1 - mask) == 0).all()) for name, mask in masks.items())
 
@@ -361,6 +363,7 @@ class UnstructuredPruning(CompressionMethod):
     def step(self, model: nn.Module, state: dict[str, Any], progress: float) -> None:
         if not state:
             return
+        _follow_turned(model, state)
         if self.rewind is not None and not state["origin"] and progress >= self.rewind:
             state["origin"] = {name: p.detach().clone() for name, p in model.named_parameters()}
         end = self.completes_at
@@ -488,6 +491,21 @@ class UnstructuredPruning(CompressionMethod):
             mask = keep_largest_in_rows(rows, most_dropped(share, rows.shape[1]))
             return layout.from_rows(mask, score.shape)
         return _keep_globally({"": score}, share, spec["block_size"], absolute, {"": layout})[""]
+
+
+_TURNED = Layout(inputs_first=True)  # transformers' Conv1D, and what else an adapter turns
+
+
+def _follow_turned(model: nn.Module, state: dict[str, Any]) -> None:
+    """Turns the masks of weights that lay the other way round until another method put an ordinary layer there."""
+    for name in state.get("turned", ()):  # states of earlier releases have none
+        if not isinstance(model.get_submodule(name.rpartition(".")[0]), CompressedLayer):
+            continue
+        state["turned"] = [other for other in state["turned"] if other != name]
+        if state["masks"] and name in state["masks"]:
+            turned = model.get_parameter(name).mT
+            (mask,) = _masks.unpacked({name: state["masks"][name]}, {name: turned}).values()
+            state["masks"] = {**state["masks"], **_masks.packed({name: mask.mT.contiguous()})}
 
 
 def _layout(model: nn.Module, name: str) -> Layout:
