@@ -7,7 +7,7 @@ from torch import nn
 
 from pquant_lightning.core.calibration import Samples, is_distributed, run_samples
 from pquant_lightning.core.compression_method import CompressionContext, LayerMethod
-from pquant_lightning.core.errors import CalibrationError
+from pquant_lightning.core.errors import CalibrationError, counted
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.moments import InputMoments, MomentSource, has_moments
 from pquant_lightning.core.options import check_count
@@ -143,15 +143,12 @@ class DataAwareMethod(LayerMethod):
             passes = f", block by block in {len(source.blocks)} blocks (max_statistics_bytes)"
         log.info("%s has fitted layers to their inputs in %d samples%s.", self.name, samples.count, passes)
         if notes["unreached"]:
-            log.warning(
-                "The samples never reach %s: factors of the least weight error instead.", ", ".join(notes["unreached"])
-            )
+            log.warning("The samples never reach %s: fitted to the weights alone.", ", ".join(notes["unreached"]))
         if notes["singular"]:
             log.warning(
-                "%d layers (%s) were seen at fewer positions than they have inputs: their moments are singular, and "
-                "what the samples do not show is kept by the weights alone (damping). Raise num_samples=%d, or give "
-                "more data.",
-                len(notes["singular"]),
+                "%s (%s) saw fewer input vectors than a vector has entries: what the samples do not show is fitted to "
+                "the weights alone. Raise num_samples=%d, or give more data.",
+                counted(len(notes["singular"]), "layer"),
                 ", ".join(notes["singular"][:5]) + ("" if len(notes["singular"]) <= 5 else ", ..."),
                 self.num_samples,
             )

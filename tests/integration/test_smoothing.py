@@ -123,7 +123,7 @@ class TestAWQ:
             for rounding in ("awq", "nearest")
         )
         assert decibels(awq, model) > decibels(nearest, model) + 1
-        assert "AWQ has nowhere to put the factors of 'out'" in package_log.text
+        assert "AWQ cannot scale the inputs of 'out'" in package_log.text
         roundings = {name: layer.spec["rounding"] for name, layer in compressed_layers(awq).items()}
         assert roundings == {**dict.fromkeys(["q", "k", "v", "up", "down"], "awq"), "out": "nearest"}
         assert f"{bits}-bit weights" in str(awq)

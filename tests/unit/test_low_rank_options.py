@@ -104,7 +104,7 @@ class TestData:
 
     def test_too_few_samples_are_said(self, data, caplog):
         compress_model(Deep(), "low_rank", train_loader=data, rank=4, num_samples=30)
-        assert "2 layers (fc2, fc3) were seen at fewer positions than they have inputs" in caplog.text
+        assert "2 layers (fc2, fc3) saw fewer input vectors than a vector has entries" in caplog.text
 
     def test_layers_that_are_not_reached_are_said(self, caplog):
         class Half(nn.Module):
@@ -118,7 +118,7 @@ class TestData:
         for options in ({}, {"sequential": True}):
             caplog.clear()
             compress_model(Half(), "low_rank", train_loader=[torch.randn(50, 20)], rank=4, **options)
-            assert "The samples never reach unused: factors of the least weight error" in caplog.text
+            assert "The samples never reach unused: fitted to the weights alone" in caplog.text
 
     def test_max_statistics_bytes_bounds_what_is_held(self, data, caplog):
         model = Deep()

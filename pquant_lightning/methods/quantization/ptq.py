@@ -268,7 +268,7 @@ def _leave_nearest(layers: dict[str, QuantLayer], scaled: set[str]) -> None:
         layers[name].spec = {**layers[name].spec, "rounding": "nearest"}
     if left:
         log.warning(
-            "AWQ has nowhere to put the factors of %s: other things read what feeds them, or no norm or layer does. "
+            "AWQ cannot scale the inputs of %s: something else reads them, too, or they come from no norm or layer. "
             "They are rounded to nearest.",
             ", ".join(map(repr, left)),
         )
