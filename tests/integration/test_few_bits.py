@@ -183,3 +183,40 @@ class TestCheckpoints:
             damaged = {**state, key: value} if value is not None else {k: v for k, v in state.items() if k != key}
             with pytest.raises(CheckpointError, match="rounded"):
                 model.load_state_dict(damaged)
+
+
+class Doubles(nn.Module):
+    """An embedding, convolutions, plain, grouped and transposed, and a Linear, for sequences of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.conv = nn.Embedding(16, 8), nn.Conv1d(8, 8, 3, groups=2)
+        self.up, self.head = nn.ConvTranspose1d(8, 8, 3), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        return self.head(self.up(self.conv(self.embed(ids).mT).relu()).mT)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ptq", {"rounding": "gptq", "bits": 4}),
+        ("ptq", {"rounding": "adaround", "bits": 4, "scheme": "weight_only"}),
+        ("ptq", {"rounding": "awq", "bits": 8, "weight_bits": 4, "scheme": "dynamic"}),
+        ("ptq", {"weight_bits": 4}),
+        ("mixed_precision", {"average_bits": 4}),
+        ("mixed_precision", {"average_bits": 4, "sensitivity": "output"}),
+    ],
+    ids=str,
+)
+def test_models_in_double_precision(method, options):
+    ids = torch.randint(16, (8, 10), generator=torch.Generator().manual_seed(0))
+    single, double = (
+        compress_model(model, method, train_loader=[ids], min_saving=0.0, **options)
+        for model in (Doubles(), Doubles().double())
+    )
+    assert double(ids).dtype == torch.float64
+    for name in ("embed", "conv", "up", "head"):
+        codes = [m.get_submodule(name).weight_codes() for m in (single, double)]
+        assert (codes[0] != codes[1]).float().mean() < 0.05  # ties
