@@ -45,27 +45,27 @@ LORA_LR = 1e-2
 
 @dataclass(frozen=True)
 class Network:
-    """A network of the table, and the layers that low rank leaves dense."""
+    """A network of the table."""
 
     title: str
     build: type[DigitsClassifier]
-    keep_dense: Sequence[str]  # the last layer, and the stem, whose 16x9 matrix would be left with rank 1
 
 
-NETWORKS = (
-    Network("MLP", DigitsMLP, ["head"]),
-    Network("conv net", DigitsConvNet, ["head", "features.0"]),
-)
+NETWORKS = (Network("MLP", DigitsMLP), Network("conv net", DigitsConvNet))
 
 
-def low_rank(network: Network, **options: Any) -> Callback:
-    """Every other layer keeps a quarter of its parameters, where `options` say nothing else."""
-    return LowRankCallback(**(options or {"param_ratio": 0.25}), exclude=list(network.keep_dense))
+def low_rank(**options: Any) -> Callback:
+    """Every layer keeps a quarter of its parameters, where `options` say nothing else.
+
+    The output layer stays dense by itself, and so does the stem of the conv net, whose matrix of 16 x 9 would be left
+    with rank 1.
+    """
+    return LowRankCallback(**(options or {"param_ratio": 0.25}))
 
 
-def factorization(network: Network, kind: str) -> Callback:
-    """Every other layer keeps a tenth of its weights."""
-    return FactorizationCallback(kind=kind, param_ratio=0.1, exclude=list(network.keep_dense))
+def factorization(kind: str) -> Callback:
+    """Every layer but those keeps a tenth of its weights."""
+    return FactorizationCallback(kind=kind, param_ratio=0.1)
 
 
 def pruning(sparsity: float) -> Callback:
@@ -77,49 +77,47 @@ class Method(NamedTuple):
     """A row of the table: the callbacks of the fine-tuning, which is all that a method needs, and its epochs."""
 
     title: str
-    callbacks: Callable[[Network], list[Callback]]
+    callbacks: Callable[[], list[Callback]]
     epochs: int = FINE_TUNE_EPOCHS
     lr: float = FINE_TUNE_LR
 
 
 METHODS: dict[str, Method] = {
-    "fp32+20": Method("fp32, 20 more epochs", lambda network: []),
-    "low_rank": Method("low rank, 25 %", lambda network: [low_rank(network)]),
-    "low_rank10": Method("low rank, 10 %", lambda network: [low_rank(network, param_ratio=0.1)]),
-    "low_rank10shared": Method("low rank, 10 %, shared", lambda network: [low_rank(network, budget={"params": 0.1})]),
-    "sparse_low_rank10": Method(
-        "sparse plus low rank, 10 %", lambda network: [factorization(network, "sparse_low_rank")]
-    ),
-    "qat8": Method("QAT, 8 bit", lambda network: [QATCallback(bits=8)]),
-    "qat4": Method("QAT, 4-bit weights", lambda network: [QATCallback(weight_bits=4, act_bits=8)]),
-    "qat2": Method("QAT, 2-bit weights", lambda network: [QATCallback(weight_bits=2, act_bits=8)]),
-    "qat3mixed": Method("QAT, 3-bit weights on average", lambda network: [QATCallback(average_bits=3, act_bits=8)]),
-    "low_rank+qat8": Method("low rank, 25 % + QAT, 8 bit", lambda network: [low_rank(network), QATCallback(bits=8)]),
-    "prune90": Method("pruning, 90 % zeros", lambda network: [pruning(0.9)], PRUNING_EPOCHS),
-    "prune95": Method("pruning, 95 % zeros", lambda network: [pruning(0.95)], PRUNING_EPOCHS),
-    "prune98": Method("pruning, 98 % zeros", lambda network: [pruning(0.98)], PRUNING_EPOCHS),
-    "prune98short": Method("pruning, 98 % zeros, 20 epochs", lambda network: [pruning(0.98)]),
+    "fp32+20": Method("fp32, 20 more epochs", lambda: []),
+    "low_rank": Method("low rank, 25 %", lambda: [low_rank()]),
+    "low_rank10": Method("low rank, 10 %", lambda: [low_rank(param_ratio=0.1)]),
+    "low_rank10shared": Method("low rank, 10 %, shared", lambda: [low_rank(budget={"params": 0.1})]),
+    "sparse_low_rank10": Method("sparse plus low rank, 10 %", lambda: [factorization("sparse_low_rank")]),
+    "qat8": Method("QAT, 8 bit", lambda: [QATCallback(bits=8)]),
+    "qat4": Method("QAT, 4-bit weights", lambda: [QATCallback(weight_bits=4, act_bits=8)]),
+    "qat2": Method("QAT, 2-bit weights", lambda: [QATCallback(weight_bits=2, act_bits=8)]),
+    "qat3mixed": Method("QAT, 3-bit weights on average", lambda: [QATCallback(average_bits=3, act_bits=8)]),
+    "low_rank+qat8": Method("low rank, 25 % + QAT, 8 bit", lambda: [low_rank(), QATCallback(bits=8)]),
+    "prune90": Method("pruning, 90 % zeros", lambda: [pruning(0.9)], PRUNING_EPOCHS),
+    "prune95": Method("pruning, 95 % zeros", lambda: [pruning(0.95)], PRUNING_EPOCHS),
+    "prune98": Method("pruning, 98 % zeros", lambda: [pruning(0.98)], PRUNING_EPOCHS),
+    "prune98short": Method("pruning, 98 % zeros, 20 epochs", lambda: [pruning(0.98)]),
     "prune90+qat8": Method(
-        "pruning, 90 % zeros + QAT, 8 bit", lambda network: [pruning(0.9), QATCallback(bits=8)], PRUNING_EPOCHS
+        "pruning, 90 % zeros + QAT, 8 bit", lambda: [pruning(0.9), QATCallback(bits=8)], PRUNING_EPOCHS
     ),
-    "channels50": Method("half of the channels", lambda network: [StructuredPruningCallback(sparsity=0.5)]),
+    "channels50": Method("half of the channels", lambda: [StructuredPruningCallback(sparsity=0.5)]),
     "channels50+qat8": Method(
         "half of the channels + QAT, 8 bit",
-        lambda network: [StructuredPruningCallback(sparsity=0.5), QATCallback(bits=8)],
+        lambda: [StructuredPruningCallback(sparsity=0.5), QATCallback(bits=8)],
     ),
 }
 
 # These start from the network that was trained on turned images.
 ADAPTING: dict[str, Method] = {
-    "turned+20": Method("trained on turned digits, 20 more epochs", lambda network: []),
+    "turned+20": Method("trained on turned digits, 20 more epochs", lambda: []),
     "lora": Method(
         "trained on turned digits, LoRA r=8",
-        lambda network: [LoRACallback(r=8, alpha=16, init="pissa", bias="all")],
+        lambda: [LoRACallback(r=8, alpha=16, init="pissa", bias="all")],
         lr=LORA_LR,
     ),
     "lora+qat8": Method(
         "trained on turned digits, LoRA r=8 + QAT, 8 bit",
-        lambda network: [LoRACallback(r=8, alpha=16, init="pissa", bias="all"), QATCallback(bits=8)],
+        lambda: [LoRACallback(r=8, alpha=16, init="pissa", bias="all"), QATCallback(bits=8)],
         lr=LORA_LR,
     ),
 }
@@ -198,14 +196,13 @@ def run(network: Network, methods: Sequence[str], seed: int, val_share: float, r
             scores[method] = score(model, data, root / f"{method}.safetensors")
             continue
         if method in FITTED:
-            options = {"exclude": list(network.keep_dense), **FITTED[method][1]}
-            model = compress_model(dense, "low_rank", train_loader=data, **options)
+            model = compress_model(dense, "low_rank", train_loader=data, **FITTED[method][1])
             scores[method] = score(model, data, root / f"{method}.safetensors")
             continue
         row = (METHODS | ADAPTING)[method]
         model = copy.deepcopy(turned if method in ADAPTING else dense)
         model.hparams["lr"] = row.lr
-        fit(model, data, row.epochs, row.callbacks(network), root)
+        fit(model, data, row.epochs, row.callbacks(), root)
         scores[method] = score(model, data, root / f"{method}.safetensors")
     return scores
 

@@ -16,6 +16,7 @@ from pquant_lightning.core.compiled import rename_to_plain, unwrap
 from pquant_lightning.core.compressed_layer import install_hook
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod
 from pquant_lightning.core.copying import deep_copy
+from pquant_lightning.core.coverage import warn_where_most_is_left
 from pquant_lightning.core.deploy import deploy, with_plain_names
 from pquant_lightning.core.errors import CheckpointError, OptionError, PQuantError
 from pquant_lightning.core.hyperparameters import Arguments, arguments_of
@@ -104,6 +105,7 @@ def _act(methods: list[CompressionMethod], model: nn.Module, train: Any, val: An
         samples = method.samples_of(train, model)
         context = CompressionContext(by=method.name, samples=samples, undo=undo)
         method.compress_in_place(model, context=context)
+    warn_where_most_is_left(model)
     install_hook(model)
     if not any(method.trains for method in methods):
         with undo.writing():

@@ -38,6 +38,7 @@ from pquant_lightning.core.compressed_layer import (
     rebuild,
 )
 from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, names_in
+from pquant_lightning.core.coverage import note_plan, warn_where_most_is_left
 from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.errors import (
     CalibrationError,
@@ -173,6 +174,7 @@ class _MethodCallback(Callback):
             self._complete = True
             log.warning("%s", error)
             return
+        note_plan(module, plan)
         with undo.writing():
             self.method.apply(module, plan, context)
             parts = split_names(plan.splits)
@@ -508,6 +510,8 @@ def _finish(trainer: Trainer, module: LightningModule, undo: Undo) -> None:
             "(parameter.requires_grad_(True)); a finalized model is not trained again: load a checkpoint of the fit."
         )
     _report(trainer, module)
+    if trainer.is_global_zero:
+        warn_where_most_is_left(module)
 
 
 def _report(trainer: Trainer, module: LightningModule) -> None:

@@ -16,8 +16,10 @@ from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.compiled import plain_name
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, install_hook, weight_of
 from pquant_lightning.core.copying import deep_copy
+from pquant_lightning.core.coverage import note_plan
 from pquant_lightning.core.deploy import count_params, deployed_bytes, stored_bytes
 from pquant_lightning.core.errors import ModelError, NothingToCompressError, OptionError, known
+from pquant_lightning.core.graph import output_layers, trace
 from pquant_lightning.core.layer_adapter import FUSED, SUPPORTED, as_torch, build_layer, layer_spec, why_unsupported
 from pquant_lightning.core.options import check_type
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
@@ -26,6 +28,8 @@ from pquant_lightning.core.splitting import planned_splits, split_as_planned, sp
 from pquant_lightning.core.structure import Resized
 from pquant_lightning.core.surgery import get_layer, replace_layer
 from pquant_lightning.core.undo import NoUndo, Undo
+
+_LEAST_OF_SHARE = 0.75  # of the share that is asked for, what a layer must be able to keep
 
 __all__ = ["CompressionContext", "CompressionMethod", "LayerMethod", "Stage"]
 
@@ -276,6 +280,7 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
 
     def carry_out(self, model: nn.Module, plan: CompressionPlan, context: CompressionContext) -> None:
         """Applies a plan and calibrates; a method that does not train then reaches its target at once."""
+        note_plan(model, plan)
         with context.undo.writing():
             self.apply(model, plan, context)
             self.calibrate(model, context)
@@ -374,6 +379,8 @@ class LayerMethod(CompressionMethod):
     looks at, and hands on, `split_view(model, context.kept)`.
     """
 
+    protects_output: ClassVar[bool] = False  # without `include` the layers that give the output are left alone
+
     def plan_layer(self, name: str, layer: nn.Module, context: CompressionContext) -> dict[str, Any] | Skip | LayerPlan:
         """Decides one ordinary layer: the new layer's spec (or a LayerPlan with scratch), or why it is left alone."""
         raise NotImplementedError(f"{type(self).__name__}.plan_layer")
@@ -393,9 +400,10 @@ class LayerMethod(CompressionMethod):
         view = split_view(model, context.kept)
         context = self.prepared(view, context)
         owners, found = _weight_owners(view), {}
+        protected = self._protected(view, owners, context)
         for name, module in self._targets(view, [], context.kept):
             layer = as_torch(module)
-            if layer is None or check_weight(name, layer) is not None:
+            if layer is None or name in protected or check_weight(name, layer) is not None:
                 continue
             if self.changes_shared or all(len(owners[id(p)]) == 1 for p in module.parameters(recurse=False)):
                 found[name] = self.candidates(name, layer, context)
@@ -418,9 +426,10 @@ class LayerMethod(CompressionMethod):
         skipped: list[Skip] = []
         view = split_view(model, context.kept)
         owners = _weight_owners(view)
+        protected = self._protected(view, owners, context)
         targets = list(self._targets(view, skipped, context.kept))
         for name, module in context.track(targets, f"{self.name}: planning"):
-            decision = self._decide(name, module, owners, context)
+            decision = protected.get(name) or self._decide(name, module, owners, context)
             if isinstance(decision, Skip):
                 skipped.append(decision)
             else:
@@ -428,6 +437,36 @@ class LayerMethod(CompressionMethod):
         noted = tuple(dataclasses.replace(skip, by=context.by) for skip in skipped)
         splits = planned_splits(view, layers, context.by)
         return CompressionPlan(self.name, context.by, tuple(layers), noted, splits)
+
+    def _protected(self, view: nn.Module, owners: dict[int, list[str]], context: CompressionContext) -> dict[str, Skip]:
+        """The layers that give the output and are left alone for that, where the user and a budget leave it to us.
+
+        Not those that share a weight: they are left alone for that, or the method is told to change them.
+        """
+        if not self.protects_output or self.include is not None or context.choices is not None:
+            return {}
+        samples = context.notes.get("samples", context.samples)
+        names = output_layers(view, None if samples is None else trace(view, samples))
+        names -= {name for holders in owners.values() if len(holders) > 1 for name in holders}
+        for name in names:  # NaN in one of them is an error all the same
+            if (layer := as_torch(get_layer(view, name))) is not None:
+                check_weight(name, layer)
+        return {name: Skip(name, "the output layer: name it in include to change it") for name in names}
+
+    def why_too_coarse(self, kept: int, share: float, total: int) -> str | None:
+        """Why a layer is left alone whose rank, a whole number, would fall far below its share; None for others.
+
+        Args:
+            kept: numbers that would be kept of the weight.
+            share: that the user asks for, of the weight's numbers.
+            total: the weight's numbers.
+        """
+        if self.include is not None or kept >= _LEAST_OF_SHARE * share * total:
+            return None
+        return (
+            f"would keep {kept / total:.0%} of its weights instead of {share:.0%}, as a rank is a whole number: name "
+            "it in include to change it"
+        )
 
     def expected_error(self, layer: nn.Module, plan: LayerPlan, context: CompressionContext) -> float | None:
         """The relative weight error of a planned layer, about, where it is found without making the layer; else None.
@@ -467,7 +506,7 @@ class LayerMethod(CompressionMethod):
         chosen = Selection(self, model)
         closed: list[str] = []
         for name, module in model.named_modules():
-            if any(name.startswith(f"{prefix}.") for prefix in closed):
+            if any(not prefix or name.startswith(f"{prefix}.") for prefix in closed):
                 continue
             if self._takes(module) and chosen(name) is None:
                 closed.append(name)
@@ -479,13 +518,15 @@ class LayerMethod(CompressionMethod):
                 closed.append(name)
                 skipped.append(Skip(name, chosen(name) or why_whole(model, name, kept) or ""))
             elif as_torch(module) is None:
-                if is_parametrized(module):
+                if isinstance(module, torch.jit.ScriptModule):
+                    closed.append(name)
+                elif is_parametrized(module):
                     closed.append(f"{name}.parametrizations" if name else "parametrizations")
                 reason = None if isinstance(module, CompressedLayer) else why_unsupported(module)
                 if reason is not None and "lazy" in reason and chosen(name) is None:
                     raise ModelError(f"Layer {name!r} {reason}.")
                 if reason is not None:
-                    skipped.append(Skip(name or type(module).__name__, reason))
+                    skipped.append(Skip(name or type(module).__name__, chosen(name) or reason if name else reason))
             elif (reason := chosen(name)) is not None:
                 skipped.append(Skip(name, reason))
             else:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from pquant_lightning.core.batches import tensors_in
@@ -166,3 +167,26 @@ def outer_layers(model: nn.Module, graph: Graph | None = None) -> set[str]:
         return set()
     shared = {id(p) for name in (layers[0], layers[-1]) for p in modules[name].parameters(recurse=False)}
     return {n for n, m in modules.items() if any(id(p) in shared for p in m.parameters(recurse=False))}
+
+
+def output_layers(model: nn.Module, graph: Graph | None = None) -> set[str]:
+    """The layers that give the model's outputs, as far as that is known, the last one among them, and their ties.
+
+    None in models of fewer than three layers with weights, as in `outer_layers`; an LSTM counts twice.
+    """
+    modules = dict(model.named_modules())
+    names = list(modules) if graph is None else graph.order
+    layers = [n for n in names if (found := as_torch(modules[n])) is not None and not isinstance(found, nn.Embedding)]
+    count = sum(2 if isinstance(m, nn.RNNBase) else 1 for m in modules.values() if _holds_weights(m))
+    if not layers or count < 3:
+        return set()
+    last = {layers[-1]}
+    if graph is not None:
+        last |= {name for name, _, outputs in graph.calls if name in layers and set(outputs) & set(graph.outputs)}
+    shared = {id(p) for name in last for p in modules[name].parameters(recurse=False)}
+    return {n for n, m in modules.items() if any(id(p) in shared for p in m.parameters(recurse=False))}
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    own = module.parameters(recurse=False)
+    return not isinstance(module, nn.Embedding) and any(is_lazy(p) or p.dim() > 1 for p in own)

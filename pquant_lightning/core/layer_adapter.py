@@ -1,6 +1,7 @@
 """Layer types: what can be compressed, how a layer's structure is described, and how users add their own types.
 
-Every method works on ordinary torch layers (`SUPPORTED`). A user's own layer type joins by one function that gives an
+Every method works on ordinary torch layers (`SUPPORTED`), and on layers of other types that compute the same
+(`core/look_alikes.py`). A user's own layer type joins by one function that gives an
 equivalent ordinary layer: `register_adapter(MyDense, to_linear)`. Layers of packages that need not be installed are
 known by their full names.
 """
@@ -9,11 +10,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from pquant_lightning.core.errors import PQuantError, a_or_an
+from pquant_lightning.core.look_alikes import ordinary_twin
 from pquant_lightning.core.plan import LayerInfo
 from pquant_lightning.core.surgery import replace_layer
 
@@ -111,7 +115,7 @@ def as_torch(layer: nn.Module) -> nn.Module | None:
         return layer
     adapter = _adapter_of(type(layer))
     if adapter is None:
-        return None
+        return _look_alike(layer)
     equivalent = adapter(layer)
     if type(equivalent) not in SUPPORTED:
         raise PQuantError(
@@ -121,6 +125,48 @@ def as_torch(layer: nn.Module) -> nn.Module | None:
     if not any(parameter.requires_grad for parameter in layer.parameters()):
         equivalent.requires_grad_(False)
     return equivalent
+
+
+def _look_alike(layer: nn.Module) -> nn.Module | None:
+    """The ordinary layer that a layer of another type computes the same as, with the same parameters."""
+    from pquant_lightning.core.compressed_layer import CompressedLayer  # it needs this module
+
+    # a compressed layer may round nothing for a while; attention's own is taken apart together with the attention
+    if isinstance(layer, CompressedLayer | NonDynamicallyQuantizableLinear):
+        return None
+    return next((twin for build in (_as_base, _as_linear) if (twin := ordinary_twin(layer, build)) is not None), None)
+
+
+def _with_parameters(layer: Any, layer_type: type[nn.Module], arguments: dict[str, Any]) -> nn.Module:
+    bias = {} if layer_type is nn.Embedding else {"bias": getattr(layer, "bias", None) is not None}
+    new = layer_type(**arguments, **bias, device="meta")
+    for name, parameter in layer.named_parameters(recurse=False):
+        if name not in new._parameters or new.get_parameter(name).shape != parameter.shape:
+            raise ValueError(f"{name} of another shape")
+        setattr(new, name, parameter)
+    return new.train(layer.training)
+
+
+def _as_base(layer: nn.Module) -> nn.Module | None:
+    """A layer of a subclass as one of torch's own class."""
+    base = next((cls for cls in SUPPORTED if isinstance(layer, cls)), None)
+    try:
+        arguments = {name: getattr(layer, name) for name in SUPPORTED[base]} if base else {}
+        return None if base is None else _with_parameters(layer, base, arguments)
+    except (AttributeError, TypeError, ValueError):  # sizes that are not those of its weight
+        return None
+
+
+def _as_linear(layer: nn.Module) -> nn.Module | None:
+    """A layer with a matrix `(out, in)` as a Linear."""
+    weight = layer.weight
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    try:
+        sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+        return _with_parameters(layer, nn.Linear, sizes)
+    except ValueError:
+        return None
 
 
 def layer_info(layer: nn.Module) -> LayerInfo:
@@ -197,6 +243,8 @@ def resized_spec(spec: dict[str, Any], shape: Sequence[int]) -> dict[str, Any]:
 
 def why_unsupported(layer: nn.Module) -> str | None:
     """Why a module that holds a matrix cannot be compressed; None for containers, norms and other small things."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "is a TorchScript module, whose code is fixed: compress the module before scripting it"
     if is_parametrized(layer):
         return "its weight is computed by a parametrization: remove_parametrizations first"
     own = [parameter for _, parameter in layer.named_parameters(recurse=False)]
@@ -212,7 +260,7 @@ def why_unsupported(layer: nn.Module) -> str | None:
             f"the weights that it holds itself ({shown}) belong to no layer and stay as they are; if {kind} "
             "is a layer, register_adapter makes it known"
         )
-    return f"no adapter for the type {kind} (register_adapter adds one)"
+    return f"no adapter for the type {full_name(type(layer))} (register_adapter adds one)"
 
 
 class LayerAdapter:
@@ -230,8 +278,9 @@ class LayerAdapter:
         self.backend = backend
 
     def is_compressible(self, layer: nn.Module) -> bool:
-        """Whether the layer is of a supported or registered type, or made of such layers."""
-        return type(layer) in SUPPORTED or type(layer) in FUSED or _adapter_of(type(layer)) is not None
+        """Whether it is of a supported or registered type, made of such layers, or computes the same as one."""
+        known = type(layer) in SUPPORTED or type(layer) in FUSED or _adapter_of(type(layer)) is not None
+        return known or _look_alike(layer) is not None
 
     def get_layer_info(self, layer: nn.Module) -> dict[str, Any] | None:
         """Type (lower case), constructor arguments and weight shape (of attention: of the output); None for others."""

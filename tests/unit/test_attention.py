@@ -234,7 +234,7 @@ class TestPlanning:
     def test_a_shared_fused_weight_is_left_alone_with_the_reason(self):
         model = nn.Sequential(_attention(), _attention(), nn.Linear(E, E))
         model[1].in_proj_weight = model[0].in_proj_weight
-        plan = LowRankCompression(rank=2).plan(model)
+        plan = LowRankCompression(rank=2, include=["*"]).plan(model)
         reasons = {skip.name: skip.reason for skip in plan.skipped}
         assert "shares a parameter with '1'" in reasons["0"]
         assert [entry.name for entry in plan.layers] == ["2"]
@@ -248,7 +248,7 @@ class TestPlanning:
     def test_what_another_method_keeps_track_of_stays_whole(self):
         model = nn.Sequential(_attention(), nn.Linear(E, E))
         context = CompressionContext(by="test", kept=frozenset({"0.in_proj_weight"}))
-        plan = LowRankCompression(rank=2).plan(model, context)
+        plan = LowRankCompression(rank=2, include=["*"]).plan(model, context)
         assert [entry.name for entry in plan.layers] == ["1"]
         assert "keeps track of its in_proj_weight" in {skip.name: skip.reason for skip in plan.skipped}["0"]
 

@@ -86,7 +86,7 @@ def test_a_subclass_is_not_taken_for_its_base(method):
     compressed = method.compress(model)
     assert type(compressed[0]) is Doubling
     assert type(compressed[1]) is not nn.Linear
-    assert "no adapter for the type Doubling" in _reasons(method, model)["0"]
+    assert f"no adapter for the type {__name__}.Doubling" in _reasons(method, model)["0"]
 
 
 def _pruned():

@@ -85,7 +85,7 @@ def test_factors_are_balanced(case):
 def _planned(layer, **options):
     """The layer after compression, or None where it was left alone."""
     model = nn.Sequential(copy.deepcopy(layer))
-    plan = LowRankCompression(min_saving=0, split="channel", **options).plan(model)
+    plan = LowRankCompression(min_saving=0, split="channel", include=["*"], **options).plan(model)
     LowRankCompression().apply(model, plan)
     return model[0] if plan.layers else None
 

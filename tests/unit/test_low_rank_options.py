@@ -103,7 +103,7 @@ class TestData:
             compress_model(Deep(), "low_rank", train_loader=wrong, rank=4, data_aware=True)
 
     def test_too_few_samples_are_said(self, data, caplog):
-        compress_model(Deep(), "low_rank", train_loader=data, rank=4, num_samples=30)
+        compress_model(Deep(), "low_rank", train_loader=data, rank=4, num_samples=30, include=["*"])
         assert "2 layers (fc2, fc3) saw fewer input vectors than a vector has entries" in caplog.text
 
     def test_layers_that_are_not_reached_are_said(self, caplog):
@@ -166,8 +166,8 @@ class TestBudget:
     @pytest.mark.parametrize("share", [0.2, 0.5])
     def test_params_are_kept_to_the_share_and_go_where_they_matter(self, data, share):
         model = Deep()
-        even = compress_model(model, "low_rank", train_loader=data, param_ratio=share)
-        shared = compress_model(model, "low_rank", train_loader=data, budget={"params": share})
+        even = compress_model(model, "low_rank", train_loader=data, param_ratio=share, include=["*"])
+        shared = compress_model(model, "low_rank", train_loader=data, budget={"params": share}, include=["*"])
         assert share - 0.05 < _kept(shared, model) <= share
         assert _error(shared, model, data) < 0.7 * _error(even, model, data)
         assert _ranks(shared)["fc2"] < 0.5 * _ranks(even)["fc2"]  # it matters least
@@ -175,8 +175,8 @@ class TestBudget:
     def test_macs_count_the_positions(self, data):
         """The convolution runs at 36 positions: nearly all multiplications are its own."""
         model = Deep()
-        params = compress_model(model, "low_rank", train_loader=data, budget={"params": 0.4})
-        macs = compress_model(model, "low_rank", train_loader=data, budget={"macs": 0.4})
+        params = compress_model(model, "low_rank", train_loader=data, budget={"params": 0.4}, include=["*"])
+        macs = compress_model(model, "low_rank", train_loader=data, budget={"macs": 0.4}, include=["*"])
 
         def share(m):
             def count(x):
@@ -190,7 +190,8 @@ class TestBudget:
     def test_an_allowed_error_is_met_with_few_parameters(self, data):
         model = Deep()
         loose, tight = (
-            compress_model(model, "low_rank", train_loader=data, budget={"error": error}) for error in (0.3, 0.05)
+            compress_model(model, "low_rank", train_loader=data, budget={"error": error}, include=["*"])
+            for error in (0.3, 0.05)
         )
         assert _kept(loose, model) < _kept(tight, model) < 1
         assert _error(loose, model, data) ** 0.5 < 0.36
@@ -198,9 +199,9 @@ class TestBudget:
 
     def test_without_data_the_weights_decide(self):
         model = Deep()
-        small = compress_model(model, "low_rank", budget={"params": 0.5})
+        small = compress_model(model, "low_rank", budget={"params": 0.5}, include=["*"])
         assert 0.45 < _kept(small, model) <= 0.5
-        loose = compress_model(model, "low_rank", budget={"error": 0.3})
+        loose = compress_model(model, "low_rank", budget={"error": 0.3}, include=["*"])
         errors = [
             (model.get_submodule(name).weight - loose.get_submodule(name).weight).square().sum()
             / model.get_submodule(name).weight.square().sum()
@@ -317,7 +318,7 @@ class TestSplit:
 
     def test_windows_without_two_directions_are_split_by_channel(self):
         model = nn.Sequential(nn.Conv1d(16, 16, 3), nn.Conv2d(16, 16, (1, 3)), nn.Linear(16, 16))
-        plan = LowRankCompression(rank=2, split="spatial").plan(model)
+        plan = LowRankCompression(rank=2, split="spatial", include=["*"]).plan(model)
         assert [entry.spec["kind"] for entry in plan.layers] == ["low_rank_conv", "low_rank_conv", "low_rank_linear"]
 
     def test_a_layer_that_would_get_slower_is_left_alone(self):

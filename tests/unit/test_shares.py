@@ -53,10 +53,10 @@ def one_step_more(spec: dict[str, Any], layer: nn.Module) -> list[CompressedLaye
     return [CompressedLayer.build(changed, layer) for changed in raised]
 
 
-def check_share(name: str, layer: nn.Module, share: float, **budget: Any) -> None:
+def check_share(name: str, layer: nn.Module, share: float) -> None:
     method, options = SHARES[name]
-    chosen = budget or {"param_ratio": share}
-    plan = CompressionMethodRegistry.get(method, {**options, **chosen, "min_saving": 0.0}).plan(nn.Sequential(layer))
+    chosen = {"param_ratio": share, "min_saving": 0.0, "include": ["*"]}
+    plan = CompressionMethodRegistry.get(method, {**options, **chosen}).plan(nn.Sequential(layer))
     total = weight_of(layer).numel()
     if not plan.layers:  # not even the least is so small, or it does not cover the type
         reasons = ("keeps more than", "keep more than", "has no kernel", "covers Linear layers only", "no multiples of")
@@ -83,7 +83,8 @@ def test_param_ratio_keeps_its_share(name: str, layer: nn.Module, share: float) 
 def test_a_budget_of_weights_is_used_up(share: float) -> None:
     model = nn.Sequential(nn.Linear(96, 80), nn.ReLU(), nn.Conv2d(24, 40, 3), nn.ConvTranspose2d(48, 32, 3))
     for layers in (model, nn.Sequential(nn.Linear(300, 200)), nn.Sequential(nn.ConvTranspose2d(96, 64, 3))):
-        method = CompressionMethodRegistry.get("low_rank", {"budget": {"params": share}, "min_saving": 0.0})
+        options = {"budget": {"params": share}, "min_saving": 0.0, "include": ["*"]}
+        method = CompressionMethodRegistry.get("low_rank", options)
         changed = {entry.name: entry.spec for entry in method.plan(layers).layers}
         weights = {name: layer for name, layer in layers.named_children() if hasattr(layer, "weight")}
         kept = sum(

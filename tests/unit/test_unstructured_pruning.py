@@ -299,7 +299,7 @@ def test_the_plan_is_data_and_says_why() -> None:
     reasons = {skip.name: skip.reason for skip in plan.skipped}
     assert reasons["0"] == "an embedding: name it in include to prune it"
     assert reasons["1"] == reasons["4"] == "the first or the last layer: name it in include to prune it"
-    assert "no adapter for the type Bilinear" in reasons["5"]
+    assert "no adapter for the type torch.nn.modules.linear.Bilinear" in reasons["5"]
     context = CompressionContext(by="test")
     UnstructuredPruning(sparsity=0.75).apply(model, plan.without("2"), context)
     assert set(context.state["targets"]) == {"3.weight"}

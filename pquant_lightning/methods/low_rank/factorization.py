@@ -63,7 +63,8 @@ class FactorizationCompression(LayerMethod):
         density: share of the weights in the sparse part of "sparse_low_rank". Default: half of `param_ratio` or a
             little more, or 0.05 beside a `rank`.
         iterations: of the alternating updates of "nmf" and "sparse_low_rank". Default: 30.
-        include: glob patterns over module names; only matching layers are changed. None means all.
+        include: glob patterns over module names; only matching layers are changed. None means all but the output layer,
+            in models of three layers or more, and layers whose rank would keep less than three quarters of its share.
         exclude: glob patterns over module names; matching layers are left alone.
         min_saving: least share of a layer's stored bytes that must go, else the layer is left alone; 0 asks nothing.
 
@@ -86,6 +87,7 @@ class FactorizationCompression(LayerMethod):
     iterations: int | None = None
 
     stage = Stage.FACTORIZE
+    protects_output = True
     _constrained: ClassVar[WeakKeyDictionary[nn.Module, list[tuple[nn.Parameter, Tensor | None]]]] = WeakKeyDictionary()
 
     def validate_config(self) -> None:
@@ -149,6 +151,9 @@ class FactorizationCompression(LayerMethod):
         rank = int(share * total / per_rank)
         if rank < 1:
             return Skip(name, f"even rank 1 keeps more than {value:.0%} of its weights")
+        filled = self.kind == "sparse_low_rank" and self.density is None  # up to the share, by single weights
+        if not filled and (reason := self.why_too_coarse(rank * per_rank, share, total)) is not None:
+            return Skip(name, reason)
         return min(rank, largest)
 
     def _kronecker(self, name: str, layer: nn.Linear) -> dict[str, Any] | Skip:

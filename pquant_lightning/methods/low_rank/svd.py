@@ -87,7 +87,8 @@ class LowRankCompression(DataAwareMethod, TyingMethod):
             matrices) or "orthonormal" (the rows of the first one); None leaves them to the optimizer.
         method: how factors are found; `"svd"` is the optimal approximation, and `"factorization"` makes a
             `FactorizationCompression` with the other options.
-        include: glob patterns over module names; only matching layers are changed. None means all.
+        include: glob patterns over module names; only matching layers are changed. None means all but the output layer,
+            in models of three layers or more, and layers whose rank would keep less than three quarters of its share.
         exclude: glob patterns over module names; matching layers are left alone.
         min_saving: least share of a layer's stored bytes that must go, else the layer is left alone; 0 asks nothing,
             not even fewer multiplications.
@@ -118,6 +119,7 @@ class LowRankCompression(DataAwareMethod, TyingMethod):
     method: Literal["svd", "factorization"] = "svd"
 
     stage = Stage.FACTORIZE
+    protects_output = True
 
     def validate_config(self) -> None:
         super().validate_config()
@@ -197,6 +199,10 @@ class LowRankCompression(DataAwareMethod, TyingMethod):
         best = min(found, key=lambda choice: choice.params if target == "energy" else choice.loss)
         if self.min_saving > 0 and (reason := why_slower(layer, best.kind, best.rank)):
             return Skip(name, reason)
+        if target == "param_ratio" and self.round_to == 1:
+            reason = self.why_too_coarse(best.params, value, weight_matrix(layer).numel())
+            if reason is not None:
+                return Skip(name, reason)
         return LayerPlan(name, low_rank_spec(layer, best.rank, best.kind), scratch=best.fit)
 
     def _kinds(self, layer: nn.Module) -> list[Kind]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, weight_of
 from pquant_lightning.core.compression_method import CompressionContext
 from pquant_lightning.core.data_aware import DataAwareMethod, moments_of
-from pquant_lightning.core.deploy import deployed_bytes
+from pquant_lightning.core.deploy import deployed_bytes, share_copy
 from pquant_lightning.core.layer_adapter import layer_spec
 from pquant_lightning.core.moments import InputMoments, covariance, energy, mean_shift
 from pquant_lightning.core.plan import Candidate, LayerPlan, Skip
@@ -23,6 +23,7 @@ class TensorNetworkMethod(DataAwareMethod):
     """Base of the methods: give `why_not`, `target`, `spec_for` and `factors_for`."""
 
     stage = Stage.FACTORIZE
+    protects_output = True
 
     def target(self) -> tuple[str, Any]:
         """The option that gives the ranks, and its value."""
@@ -43,8 +44,16 @@ class TensorNetworkMethod(DataAwareMethod):
     def plan_layer(self, name: str, layer: nn.Module, context: CompressionContext) -> LayerPlan | Skip:
         if (reason := self.why_not(layer)) is not None:
             return Skip(name, reason)
-        spec = self.spec_for(layer, *self.target(), moments_of(name, context))
+        target, value = self.target()
+        spec = self.spec_for(layer, target, value, moments_of(name, context))
+        if not isinstance(spec, str) and target == "param_ratio":
+            spec = self._too_coarse(layer, spec, value) or spec
         return Skip(name, spec) if isinstance(spec, str) else LayerPlan(name, spec)
+
+    def _too_coarse(self, layer: nn.Module, spec: dict[str, Any], share: float) -> str | None:
+        whole = {**spec, "layer": {**layer_spec(layer), "bias": False}}
+        new = CompressedLayer.build(whole, share_copy(layer, "meta"))
+        return self.why_too_coarse(sum(p.numel() for p in new.parameters()), share, weight_of(layer).numel())
 
     def choose(self, name: str, layer: nn.Module, options: dict[str, Any], context: CompressionContext) -> LayerPlan:
         return LayerPlan(name, dict(options))

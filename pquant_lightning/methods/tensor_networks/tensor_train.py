@@ -62,7 +62,9 @@ class TensorTrainCompression(TensorNetworkMethod):
         num_samples: samples of the training data to measure the inputs on.
         max_statistics_bytes: what the measured moments may take at a time; more than that are measured in several
             passes.
-        include: glob patterns over module names; only matching layers are changed. None means all.
+        include: glob patterns over module names; only matching layers are changed. None means all but the output layer,
+            in models of three layers or more, and layers whose ranks would keep less than three quarters of a
+            `param_ratio`.
         exclude: glob patterns over module names; matching layers are left alone.
         min_saving: least share of a layer's stored bytes that must go, else the layer is left alone; 0 asks nothing.
 
