@@ -39,6 +39,9 @@ def distillation_loss(student: Tensor, teacher: Tensor, loss: Loss, temperature:
         temperature: T.
         dim: of the classes, or of the vectors that are compared.
 
+    Raises:
+        ModelError: "kl" or "cosine" with a single entry along `dim`, which says nothing.
+
     References:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2.
 
@@ -49,6 +52,12 @@ def distillation_loss(student: Tensor, teacher: Tensor, loss: Loss, temperature:
     student, teacher = student.float(), teacher.float()
     if loss == "mse":
         return F.mse_loss(student, teacher)
+    if student.dim() == 0 or student.shape[dim] == 1:
+        raise ModelError(
+            f"Distillation by {loss!r} compares the entries along dimension {dim} of the output, and an output of "
+            f"shape {tuple(student.shape)} has one: it would always be zero. For regression take loss='mse'; for "
+            "classes along another dimension give class_dim."
+        )
     if loss == "cosine":
         return 1 - F.cosine_similarity(student, teacher, dim=dim).mean()
     wanted, given = (F.log_softmax(logits / temperature, dim=dim) for logits in (teacher, student))

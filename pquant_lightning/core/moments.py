@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.core.block_chain import BlockInputs, find_chain
 from pquant_lightning.core.calibration import Samples, visit_inputs
+from pquant_lightning.core.errors import named
 from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.reduction import from_rank_zero, on_all, reduced_by_name
 
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 DAMPING = 0.01
 """Share of the mean second moment that is added to all, as in SparseGPT and GPTQ."""
+
+LARGEST_BYTES = 2**32
+"""What the moments of a single layer may take where no option allows more."""
 
 _MAX_ROWS = 2**22  # numbers that the windows of a convolution take at a time: 16 MiB
 
@@ -205,7 +209,11 @@ def _subtract_outer(product: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def collect_moments(
-    model: nn.Module, names: Sequence[str], samples: Samples, reference: nn.Module | None = None
+    model: nn.Module,
+    names: Sequence[str],
+    samples: Samples,
+    reference: nn.Module | None = None,
+    max_bytes: int | None = None,
 ) -> dict[str, InputMoments]:
     """Moments of the inputs of the named layers, in one pass over the samples.
 
@@ -215,6 +223,7 @@ def collect_moments(
         samples: what it is run on; in a distributed run every process calls this with samples of its own.
         reference: a twin of the model with the same layers, whose inputs these are to be compared with; it is run
             batch by batch beside the model.
+        max_bytes: of the moments, where the caller has seen to it; None leaves out single layers above `LARGEST_BYTES`.
 
     Returns:
         Moments by layer name; layers that receive nothing (or no floating-point tensor) are missing.
@@ -224,6 +233,8 @@ def collect_moments(
     """
     found: dict[str, _Sums] = {}
     products = _Products()
+    left_out = _too_large(model, names, LARGEST_BYTES) if max_bytes is None else {}
+    names = [name for name in names if name not in left_out]
 
     def sums_of(name: str) -> _Sums:
         if name not in found:
@@ -283,17 +294,21 @@ class MomentSource:
         model: holds the layers; parts that are collected later see the model as it is then.
         names: of the layers, in the order in which they will be asked for.
         samples: what the model is run on.
-        max_bytes: what the moments held at one time may take, and the inputs of a block; a single layer is always held.
+        max_bytes: what the moments held at one time may take, and the inputs of a block; a single layer may take up to
+            `LARGEST_BYTES`, and more only where this says so.
 
     Attributes:
         parts: names of the layers that are collected together.
         blocks: the blocks that are run one by one; empty where the model is run as a whole.
         passes: of the whole model over the samples so far.
         counts: positions at which each layer was seen.
+        too_large: layers that are left without moments, and the bytes that these would take.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], samples: Samples, max_bytes: int) -> None:
         self.model, self.samples, self.max_bytes = model, samples, max_bytes
+        self.too_large = _too_large(model, names, max(max_bytes, LARGEST_BYTES))
+        names = [name for name in names if name not in self.too_large]
         self.parts = list(_parts(model, names, max_bytes))
         self.blocks: tuple[str, ...] = ()
         self.passes = 0
@@ -339,7 +354,7 @@ class MomentSource:
         self._held = {}  # before the new ones take its memory
         place = self._block_of(part[0])
         if place is None:
-            self._held = collect_moments(self.model, part, self.samples)
+            self._held = collect_moments(self.model, part, self.samples, max_bytes=self.max_bytes)
             self.passes += 1
         else:
             if self._inputs is None or self._inputs.block > place:
@@ -349,18 +364,39 @@ class MomentSource:
                 self._inputs.advance()
             block, whole = self.model.get_submodule(self.blocks[place]), self.blocks[place]
             local = {name: name[len(whole) + 1 :] for name in part}
-            found = collect_moments(block, list(local.values()), self._inputs.samples())
+            found = collect_moments(block, list(local.values()), self._inputs.samples(), max_bytes=self.max_bytes)
             self._held = {name: found[own] for name, own in local.items() if own in found}
         self._part = part
         self.counts.update({own: found.count for own, found in self._held.items()})
+
+
+def moment_bytes(layer: nn.Module) -> int:
+    """Bytes of a layer's moments: they grow with the square of its inputs times its window."""
+    groups, n = moment_size(layer)
+    return 4 * groups * n * (n + 1)
+
+
+def _too_large(model: nn.Module, names: Sequence[str], most: int) -> dict[str, int]:
+    """The layers whose moments alone would take more, with a line for the log: nothing is allocated for them."""
+    sizes = {name: moment_bytes(_ordinary(model, name)) for name in names}
+    found = {name: size for name, size in sizes.items() if size > most}
+    if found:
+        log.warning(
+            "The moments of the inputs of %s are not measured: they would take %s bytes (the square of inputs times "
+            "window), more than %s. What they are for is done without data there; raise max_statistics_bytes to "
+            "measure them all the same.",
+            named(found),
+            f"{max(found.values()):,}",
+            f"{most:,}",
+        )
+    return found
 
 
 def _parts(model: nn.Module, names: Sequence[str], max_bytes: int) -> Iterator[list[str]]:
     part: list[str] = []
     held = 0
     for name in names:
-        groups, n = moment_size(_ordinary(model, name))
-        size = 4 * groups * n * (n + 1)
+        size = moment_bytes(_ordinary(model, name))
         if part and held + size > max_bytes:
             yield part
             part, held = [], 0

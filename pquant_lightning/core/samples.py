@@ -208,7 +208,8 @@ def run_samples(model: nn.Module, samples: Samples, batch_norms: bool = False) -
         return moved if (moved := twin.to(reference.device)) is not None else twin
 
     numbers = RandomNumbers(device=reference.device)
-    with _in_eval(model), _by_batch(_trained_norms(model) if batch_norms else []):
+    norms = _trained_norms(model) if batch_norms else []  # before all modules are in eval
+    with _in_eval(model), _by_batch(norms):
         for batch in samples.batches:
             with torch.no_grad(), numbers:
                 output = _run(model, samples.run, map_tensors(placed, batch, placed_whole))

@@ -10,6 +10,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from pquant_lightning import compress_model
+from pquant_lightning.callbacks.distillation import distillation_loss
 from pquant_lightning.core.calibration import (
     MAX_VALUES,
     MOVING_AVERAGE,
@@ -19,7 +21,9 @@ from pquant_lightning.core.calibration import (
     collect_inputs,
     run_samples,
 )
-from pquant_lightning.core.errors import CalibrationError
+from pquant_lightning.core.errors import CalibrationError, ModelError
+from pquant_lightning.methods.pruning._reconstruction import recalibrate
+from pquant_lightning.methods.pruning._second_order import squared_input_norms
 
 VALUES = torch.arange(20.0).reshape(20, 1)
 
@@ -237,7 +241,7 @@ class TestBindBatch:
         assert kwargs == {}
 
     def test_a_tuple_with_too_few_tensors(self) -> None:
-        with pytest.raises(CalibrationError, match=r"Two.forward requires x, mask, and .* batches hold 1 tensor"):
+        with pytest.raises(CalibrationError, match=r"Two.forward requires x, mask, and .* batches hold 1 input"):
             bind_batch(Two(), (A,))
 
     def test_a_dict_without_a_required_name(self) -> None:
@@ -440,3 +444,105 @@ class TestCollectInputs:
 
         found = collect_inputs(ByName(), ["fc"], Samples.take([torch.tensor([[1.0, -3.0]])], 1))
         assert (found["fc"].minimum, found["fc"].maximum) == (-3, 1)
+
+
+class FrozenNorm(nn.Module):
+    """A norm that the user keeps in eval, its statistics far from those of the data, between two layers."""
+
+    def __init__(self, by_train: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.norm, self.other, self.head = (
+            nn.Linear(4, 4),
+            nn.BatchNorm1d(4),
+            nn.BatchNorm1d(4),
+            nn.Linear(4, 2),
+        )
+        self.by_train = by_train
+        self.norm.running_var.fill_(1e-4)
+        self.train()
+        self.norm.eval()
+
+    def train(self, mode: bool = True) -> "FrozenNorm":
+        super().train(mode)
+        if self.by_train:
+            self.norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.fc(x))) + self.other(x).sum()
+
+
+@pytest.mark.parametrize(("by_train", "in_eval"), [(False, False), (True, False), (True, True)])
+def test_each_norm_is_calibrated_in_the_mode_in_which_it_trains(by_train: bool, in_eval: bool) -> None:
+    model, batches = FrozenNorm(by_train), [torch.randn(16, 4) for _ in range(3)]
+    if in_eval:
+        model.eval()
+    flags = [module.training for module in model.modules()]
+    found = collect_inputs(model, ["head"], Samples.take(batches, 48), batch_norms=True)["head"]
+    seen = torch.cat([model.fc(x) for x in batches]) / (1e-4 + 1e-5) ** 0.5
+    assert found.maximum == pytest.approx(float(seen.max()), rel=1e-4)
+    assert [module.training for module in model.modules()] == flags
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_norms_in_training_see_batches_of_one_sample(size: int) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+    )
+    found = collect_inputs(model, ["3", "5"], Samples.take([torch.randn(size, 1, 2, 2)], 3), batch_norms=True)
+    assert set(found) == {"3", "5"}
+    assert found["3"].mean.abs().max() < 2
+
+
+@pytest.mark.parametrize("method", ["ptq", "low_rank", "mixed_precision"])
+def test_models_in_double_precision(method: str) -> None:
+    options: dict[str, Any] = {"ptq": {"bits": 4}, "low_rank": {"rank": 2}, "mixed_precision": {"average_bits": 5}}[
+        method
+    ]
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4)).double()
+    x = torch.randn(64, 16)
+    small = compress_model(model, method, train_loader=[x], min_saving=0.0, **options)
+    assert type(small[2]) is not nn.Linear
+    assert small(x.double()).isfinite().all()
+
+
+@pytest.mark.parametrize("loss", ["kl", "cosine"])
+def test_distillation_along_a_single_entry_says_so(loss: Any) -> None:
+    student, teacher = torch.randn(8, 1), torch.randn(8, 1)
+    with pytest.raises(ModelError, match=r"shape \(8, 1\) has one: .* loss='mse'"):
+        distillation_loss(student, teacher, loss)
+    assert distillation_loss(student, teacher, "mse") > 0
+    assert distillation_loss(student.T, teacher.T, loss) > 0
+
+
+def test_recalibration_takes_a_last_batch_of_one_sample() -> None:
+    norm = nn.BatchNorm1d(3)
+    model, x = nn.Sequential(norm).eval(), torch.randn(9, 3) * 4 + 2
+    recalibrate(model, Samples((x[:8], x[8:]), lambda m, b: m(b)))
+    torch.testing.assert_close(norm.running_mean, x[:8].mean(0))
+    torch.testing.assert_close(norm.running_var, x[:8].var(0))
+    recalibrate(model, Samples((x[8:],), lambda m, b: m(b)))  # nothing to learn from: as before
+    torch.testing.assert_close(norm.running_mean, x[:8].mean(0))
+    assert not norm.training
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(4, 3), (1, 4)),
+        (nn.Conv1d(4, 6, 3), (1, 4, 3)),
+        (nn.Conv1d(4, 6, 3, groups=2), (6, 2, 3)),
+        (nn.ConvTranspose1d(4, 6, 3), (4, 1, 3)),
+    ],
+)
+@pytest.mark.parametrize("constant", [True, False])
+def test_the_shape_of_input_norms_does_not_depend_on_the_batch(layer: Any, shape: Any, constant: bool) -> None:
+    x = torch.ones(2, 4, 9) if constant else torch.randn(2, 4, 9)
+    x = x[..., 0] if isinstance(layer, nn.Linear) else x
+    norms = squared_input_norms(nn.Sequential(layer), ["0"], Samples((x,), lambda m, b: m(b)))["0"]
+    assert norms.shape == shape
+    weight = torch.zeros_like(layer.weight, requires_grad=True)
+    total = torch.func.functional_call(layer, {"weight": weight}, (x.square(),)).sum()
+    (expected,) = torch.autograd.grad(total, weight)
+    torch.testing.assert_close(norms.expand_as(expected), expected)

@@ -180,3 +180,45 @@ def test_a_stock_transformer_is_visited_in_eval_mode_with_padding():
     found = collect_moments(encoder, ["layers.0.linear1", "layers.1.linear2"], samples)
     assert {one.count for one in found.values()} == {6}
     assert encoder.use_nested_tensor is True
+
+
+class Far(nn.Module):
+    """Two layers; the second gets what the first gives, far from zero."""
+
+    def __init__(self, mean):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.mean = nn.Linear(6, 3), mean
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("mean", [1000.0, 10000.0])
+def test_a_mean_far_above_the_deviations_costs_no_digits(mean):
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        torch.randn(50, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + mean for _ in range(4)
+    ]
+    found = collect_moments(Far(mean), ["fc"], Samples.take(batches, 200))["fc"]
+    exact = torch.cov(torch.cat(batches).double().T, correction=0)
+    assert (found.covariance[0].double() - exact).norm() < 1e-4 * exact.norm()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_the_batch_that_is_not_finite_is_named(value):
+    batches = [*_batches((4, 4)), torch.full((2, 3, 5, 6), value)]
+    with pytest.raises(CalibrationError, match=r"inputs of layer 'conv' hold NaN .* \(batch 3\)"):
+        collect_moments(Twice(), ["conv"], Samples.take(batches, 10), reference=Twice())
+
+
+def test_moments_that_would_take_gigabytes_are_left_out_before_they_are_made(caplog):
+    wide = nn.Sequential(nn.Conv1d(128, 2, 512, padding=256), nn.AdaptiveAvgPool1d(4), nn.Linear(4, 4))  # 17 GB
+    samples = Samples.take([torch.randn(2, 128, 8)], 2)
+    source = MomentSource(wide, ["0", "2"], samples, 2**20)
+    assert source.too_large == {"0": 4 * 65536 * 65537}
+    assert source.get("0") is None
+    assert source.get("2") is not None
+    assert "layer '0' are not measured" in caplog.text
+    assert "17,180,131,328 bytes" in caplog.text
+    assert set(collect_moments(wide, ["0", "2"], samples)) == {"2"}

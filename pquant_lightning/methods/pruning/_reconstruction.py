@@ -11,6 +11,7 @@ from pquant_lightning.core.calibration import Samples, run_samples
 from pquant_lightning.core.errors import ModelError, named
 from pquant_lightning.core.layer_adapter import NORMS
 from pquant_lightning.core.moments import collect_moments
+from pquant_lightning.core.samples import has_variance
 from pquant_lightning.methods.pruning._sized import Removed, Units, places_of
 
 log = logging.getLogger(__name__)
@@ -75,15 +76,19 @@ def least_squares(weight: Tensor, moment: Tensor, kept: Tensor, damping: float) 
 
 
 def _normalize_by_batch(module: nn.Module, args: Any) -> None:
-    module.train()
+    module.train(has_variance(module, args[0]))
 
 
 def recalibrate(model: nn.Module, samples: Samples) -> None:
-    """Gives batch norms the mean and variance of what they receive now, over all samples."""
+    """Gives batch norms the mean and variance of what they receive now, over all samples.
+
+    A batch with a single value per channel has no variance: it is normalized by what is known until then. Norms that
+    see no other batch, or none, keep their statistics.
+    """
     norms: list[Any] = [
         module for module in model.modules() if isinstance(module, tuple(NORMS)) and module.running_mean is not None
     ]
-    kept = [(norm, norm.momentum) for norm in norms]
+    kept = [(norm, norm.momentum, {k: b.clone() for k, b in norm.named_buffers()}) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
@@ -94,5 +99,8 @@ def recalibrate(model: nn.Module, samples: Samples) -> None:
     finally:
         for handle in handles:
             handle.remove()
-        for norm, momentum in kept:
+        for norm, momentum, statistics in kept:
             norm.momentum = momentum
+            if not int(norm.num_batches_tracked):
+                for name, buffer in norm.named_buffers():
+                    buffer.copy_(statistics[name])
