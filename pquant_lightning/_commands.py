@@ -34,6 +34,7 @@ from pquant_lightning.exporters.export import export_model
 from pquant_lightning.pipelines.compression_pipeline import CompressionPipeline, PipelineStage
 from pquant_lightning.pipelines.evaluation_pipeline import EvaluationPipeline
 from pquant_lightning.utils.benchmarking import benchmark_models
+from pquant_lightning.utils.layer_timing import layer_table, time_layers
 from pquant_lightning.utils.model_analysis import analyze_model
 from pquant_lightning.utils.report_page import NAME, Metric, ReportPage
 
@@ -242,7 +243,9 @@ def _benchmark(options: argparse.Namespace) -> tuple[str, Any]:
         raise OptionError("Timing needs inputs: give --data, or set example_input_array in the module.")
     compressed = finalize(load_compressed(target.fresh_model(), options.compressed), inplace=True)
     report = benchmark_models({"original": target.model, "compressed": compressed}, example)
-    return str(report), report.to_dict()
+    layers = time_layers(target.model, compressed, example)
+    text = f"{report}\n{layer_table(layers)}" if layers else str(report)
+    return text, {**report.to_dict(), "layers": [asdict(layer) for layer in layers]}
 
 
 def _report(options: argparse.Namespace) -> tuple[str, Any]:
@@ -258,7 +261,8 @@ def _report(options: argparse.Namespace) -> tuple[str, Any]:
 
 def _page(target: Target, options: argparse.Namespace) -> ReportPage:
     compressed = load_compressed(target.fresh_model(), options.compressed)
-    report = compression_report(target.model, compressed, _example(target, own_first=True))
+    example = _example(target, own_first=True)
+    report = compression_report(target.model, compressed, example, timed=example is not None)
     metrics = []
     if options.metric:
         found = EvaluationPipeline(options.metric).run(target.model, compressed, target.data)

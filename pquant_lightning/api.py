@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -35,6 +36,7 @@ from pquant_lightning.core.serialization import (
 from pquant_lightning.core.undo import NoUndo, Undo, unchanged_on_error
 from pquant_lightning.pipelines._settings import Settings
 from pquant_lightning.pipelines.compression_pipeline import CompressionPipeline
+from pquant_lightning.utils.layer_timing import time_layers
 
 log = logging.getLogger(__name__)
 
@@ -193,17 +195,31 @@ class CompressedModule:
         install_hook(self)
 
 
-def compression_report(original: nn.Module, compressed: nn.Module, example_inputs: Any = None) -> CompressionReport:
+def compression_report(
+    original: nn.Module, compressed: nn.Module, example_inputs: Any = None, timed: bool = False
+) -> CompressionReport:
     """Parameters, stored bytes, multiply-accumulates and weight errors, before and after; prints as a table.
 
     Args:
         original: the uncompressed model.
         compressed: training form or deployed form.
         example_inputs: what `forward` takes (tensor, tuple or dict), for the multiply-accumulates.
+        timed: time each layer on these inputs, before and after; its row then says how long it takes, and by which
+            kernel.
+
+    Raises:
+        OptionError: `timed` without inputs.
     """
     check_model("compression_report", original)
     check_model("compression_report", compressed)
-    return make_report(compressed, original=original, example_inputs=example_inputs, files=True)
+    report = make_report(compressed, original=original, example_inputs=example_inputs, files=True)
+    if not timed:
+        return report
+    if example_inputs is None:
+        raise OptionError("compression_report(timed=True) times the layers on example_inputs; give some.")
+    found = {timing.name: timing.summary for timing in time_layers(original, finalize(compressed), example_inputs)}
+    words = {row.name: "; ".join(filter(None, (row.method, found.get(row.name)))) for row in report.layers}
+    return replace(report, layers=tuple(replace(row, method=words[row.name]) for row in report.layers))
 
 
 def save_compressed(model: nn.Module, path: str | Path) -> Path:

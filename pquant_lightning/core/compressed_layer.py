@@ -120,6 +120,10 @@ class CompressedLayer(nn.Module):
         """Own parameters that want a group of their own in the optimizer: `lr` (a factor), and maybe `weight_decay`."""
         return {}
 
+    def kernel_for(self, x: Tensor) -> str | None:
+        """What computes inputs like this one on this machine; None where torch's own operations do."""
+        return None
+
     def described(self) -> str:
         """The method and its parameters in a few words, for tables."""
         return self.kind

@@ -355,7 +355,7 @@ def benchmark_models(models: Mapping[str, nn.Module], example_inputs: Any, **opt
     if not models:
         raise OptionError("benchmark_models takes at least one model by name, got none.")
     runs = {name: _forward(model, example_inputs) for name, model in models.items()}
-    with _evaluating(models.values()):
+    with evaluating(models.values()):
         held = {name: stored_bytes(models[name]) + peak_bytes(run) for name, run in runs.items()}
         timings = measure(runs, **options)
     size = batch_size(example_inputs)
@@ -381,7 +381,8 @@ def _forward(model: nn.Module, example_inputs: Any) -> Call:
 
 
 @contextmanager
-def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Models in eval mode, without gradients; every module is in its own mode again afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for module, _ in modes:
         module.training = False

@@ -95,6 +95,8 @@ def test_every_kernel_computes_the_layer(scheme, dtype):
     x = x.to(dtype)
     kernels = fitting(layer, x)
     assert len(kernels) >= 2
+    outputs = [kernel.run(layer, x, prepared(layer, kernel)) for kernel in kernels if kernel.integer]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
     inputs = layer.quantized_input(x.float()).double()
     expected = F.linear(inputs, layer.dense_weight().double(), layer.bias.double())
     for kernel in kernels:
@@ -158,3 +160,19 @@ def test_awkward_inputs(scheme):
     assert torch.equal(layer(x.view(2, 8, 256)).view(16, 32), expected)
     assert layer(x[0]).shape == (32,)
     assert layer(x.half()).shape == (16, 32)
+
+
+def test_equal_layers_share_their_choice_in_whatever_order_their_specs_are(monkeypatch):
+    layer, x = layer_with(worst_codes("random", 32, 64), scheme="weight_only")
+    chosen = choose(layer, x)
+    layer.spec = {**layer.spec, "layer": dict(reversed(layer.spec["layer"].items()))}
+    layer._forget()
+    assert choose(layer, x) is chosen
+
+
+def test_a_kernel_that_adds_an_error_must_be_clearly_faster(monkeypatch):
+    layer, x = layer_with(worst_codes("random", 32, 256).clamp(-8, 7), **SCHEMES["weights alone, 4 bits"])
+    monkeypatch.setattr(_kernels, "_CHOICES", {})
+    clock = iter(range(10**6))
+    monkeypatch.setattr(_kernels.time, "perf_counter", lambda: float(next(clock)))  # all take the same time
+    assert choose(layer, x).kernel.error == 0

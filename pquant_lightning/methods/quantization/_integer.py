@@ -38,7 +38,7 @@ from pquant_lightning.methods.quantization._forms import (
     describe,
     layer_config,
 )
-from pquant_lightning.methods.quantization._kernels import compute, convolution, traced_product
+from pquant_lightning.methods.quantization._kernels import choose, compute, convolution, traced_product
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -241,6 +241,9 @@ class _Computing(IntLayer):
         if torch.compiler.is_compiling():
             return self.traced(x, *args).to(self.like.dtype)
         return compute(self, x, *args).to(self.like.dtype)
+
+    def kernel_for(self, x: Tensor) -> str | None:
+        return None if self.plain(x) else choose(self, x).kernel.name
 
     def traced(self, x: Tensor, *args: Any) -> Tensor:
         """The output in operations that can be compiled: in integers where the layer computes in them."""

@@ -2,9 +2,10 @@
 
 A layer computes what its spec says, by any of the kernels that fit it. Which one is fastest differs between processors,
 shapes and sizes of inputs, so the first call of a kind of layer for inputs of a size (to the next power of two) times
-those that fit, and the process remembers the answer. Products of quantized inputs are exact in every kernel; those of
-unquantized ones differ by what `Kernel.error` states. Under `torch.use_deterministic_algorithms(True)` nothing is
-timed: the first exact kernel of the table that fits is taken.
+those that fit, and the process remembers the answer. With quantized inputs the choice never changes a bit of the
+output: the sums are exact, and what follows is the same code. With inputs in floating point the kernels differ by what
+`Kernel.error` states; under `torch.use_deterministic_algorithms(True)` nothing is timed, and the first kernel of the
+table that fits and adds no error is taken.
 """
 
 import math
@@ -34,6 +35,7 @@ from pquant_lightning.methods.quantization._products import (
 
 _REPEATS = 3  # timings of a kernel, of which the shortest counts
 _LONG = 0.05  # seconds after which one timing is enough
+_MARGIN = 1.2  # by how much a kernel that adds an error must be faster
 
 
 def why_no_kernel(layer: nn.Module, act_bits: int, group_size: int | None) -> str | None:
@@ -67,6 +69,7 @@ class Kernel:
         prepare: the layer's weight as the kernel wants it; made once and kept beside the codes.
         run: the output, float, of a layer, an input and the prepared weight.
         error: what it adds to the error of the layer, relative to the output; 0 where only sums are rounded.
+        integer: whether it adds up integers; where one of these fits, no other is tried.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Kernel:
     prepare: Callable[[Any], Any]
     run: Callable[..., Tensor]
     error: float = 0.0
+    integer: bool = False
 
 
 # -- quantized inputs times an integer weight ------------------------------------------------------------------------
@@ -108,23 +112,12 @@ def _int_mm(layer: Any, x: Tensor, codes: Tensor) -> Tensor:
     return _by_rows(lambda levels, _, weight: int_mm_product(levels, weight), layer, x, codes)
 
 
-def _fbgemm(layer: Any, x: Tensor, weight: tuple[Any, Any]) -> Tensor:
-    plain, fused = weight
-    if fused is None:
-        return _by_rows(fbgemm_product, layer, x, plain)
-    grid = layer.ready()["grid"]
-    rows = x.reshape(-1, x.shape[-1]).float()
-    levels = (rows * grid.inverse).round_().clamp_(-grid.zero_point, grid.top - grid.zero_point)
-    return fbgemm_product(levels, int(grid.zero_point), fused).reshape(*x.shape[:-1], -1)
+def _fbgemm(layer: Any, x: Tensor, weight: Any) -> Tensor:
+    return _by_rows(fbgemm_product, layer, x, weight)
 
 
-def _for_fbgemm(layer: Any) -> tuple[Any, Any]:
-    """For dynamic grids the codes alone; for a static one with scales and bias, which the kernel applies."""
-    ready = layer.ready()
-    bits = layer.spec["act_bits"]
-    if "grid" not in ready:
-        return prepare_fbgemm(ready["codes"], input_bits=bits), None
-    return None, prepare_fbgemm(ready["codes"], ready["multiplier"], ready["bias"], bits)
+def _onednn(layer: Any, x: Tensor, weight: Any) -> Tensor:
+    return _by_rows(onednn_product, layer, x, weight)
 
 
 def convolution(layer: Any, x: Tensor) -> Tensor:
@@ -229,18 +222,21 @@ KERNELS = (
         lambda layer, x: _multiplies(layer, x) and int_mm_runs(layer.ready()["codes"]),
         lambda layer: layer.ready()["codes"],
         _int_mm,
+        integer=True,
     ),
     Kernel(
         "fbgemm",
         lambda layer, x: _multiplies(layer, x) and x.device.type == "cpu" and has_fbgemm(),
-        _for_fbgemm,
+        lambda layer: prepare_fbgemm(layer.ready()["codes"], input_bits=layer.spec["act_bits"]),
         _fbgemm,
+        integer=True,
     ),
     Kernel(
         "oneDNN linear",
         lambda layer, x: _multiplies(layer, x) and x.device.type == "cpu" and has_onednn(),
         lambda layer: prepare_onednn(layer.ready()["codes"], layer.spec["act_bits"]),
-        lambda layer, x, weight: _by_rows(onednn_product, layer, x, weight),
+        _onednn,
+        integer=True,
     ),
     Kernel(
         "oneDNN convolution",
@@ -253,6 +249,7 @@ KERNELS = (
         ),
         lambda layer: None,  # its weights are packed at the first call, when the window is known
         lambda layer, x, _: convolution(layer, x),
+        integer=True,
     ),
     Kernel("inputs in three digits, fbgemm", _takes_digits, _for_digits, _digits, error=1e-5),
     Kernel("4-bit weights in bfloat16", _takes_four_bits, _for_four_bits, _four_bits, error=4e-3),
@@ -289,6 +286,8 @@ def choose(layer: Any, x: Tensor, *args: Any) -> Choice:
         shared = (*key, *_problem(layer))
         if (found := _CHOICES.get(shared)) is None:
             fitting = [kernel for kernel in KERNELS if kernel.fits(layer, x)]
+            if fitting[0].integer:
+                fitting = [kernel for kernel in fitting if kernel.integer]
             if exact:
                 fitting = [kernel for kernel in fitting if kernel.error == 0][:1]
             found = _CHOICES[shared] = _measured(fitting, layer, x, args)
@@ -315,7 +314,7 @@ def _problem(layer: Any) -> tuple[Any, ...]:
     spec, ready = layer.spec, layer.ready()
     own = (spec["bits"], spec["act_bits"], spec["act"], spec["group_size"], spec["kernel"], layer.zero is None)
     parts = needs_parts(ready["codes"]) if spec["kernel"] == "integer" and HAS_CONV else False
-    return (type(layer), tuple(layer.shape), layer.like.dtype, str(spec["layer"]), parts, *own)
+    return (type(layer), tuple(layer.shape), layer.like.dtype, str(sorted(spec["layer"].items())), parts, *own)
 
 
 def _measured(kernels: list[Kernel], layer: Any, x: Tensor, args: tuple[Any, ...]) -> Choice:
@@ -335,7 +334,7 @@ def _measured(kernels: list[Kernel], layer: Any, x: Tensor, args: tuple[Any, ...
                 taken = time.perf_counter() - start
                 if repeat:
                     seconds[kernel.name] = min(seconds[kernel.name], taken)
-    fastest = min(kernels, key=lambda kernel: seconds[kernel.name])
+    fastest = min(kernels, key=lambda kernel: seconds[kernel.name] * (_MARGIN if kernel.error else 1))
     layer.ready()["weights"][fastest.name] = weights[fastest.name]
     return Choice(fastest, seconds)
 

@@ -26,6 +26,7 @@ from pquant_lightning.methods.quantization._layers import TRAINING_KINDS, QuantL
 from pquant_lightning.methods.quantization._rounding import DataRounding, round_with_data
 from pquant_lightning.methods.quantization._scaling import find_links
 from pquant_lightning.methods.quantization._smoothing import smooth
+from pquant_lightning.methods.quantization._speed import keep_faster
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ class PTQCompression(QuantizationMethod):
             model computes the same. None does not.
         fold_norms: fold batch norms away; needs samples of data, to see what feeds them.
         correct_bias: correct the mean output of each layer, by its mean input in calibration.
+        keep_if: "faster" times each layer against its float form on a batch of calibration, on this machine, and leaves
+            those in floating point that would not get faster; the log names them. None keeps all.
         overrides: bits of single layers: glob patterns over module names to `bits`, `weight_bits` or `act_bits`; the
             last pattern that matches counts, e.g. `{"head": {"bits": 8}}`. A weight that layers share has one number
             of bits: patterns for any of them count.
@@ -120,6 +123,7 @@ class PTQCompression(QuantizationMethod):
     smooth: float | None = None
     fold_norms: bool = True
     correct_bias: bool = True
+    keep_if: Literal["faster"] | None = None
 
     acts_after_training = True
 
@@ -139,8 +143,10 @@ class PTQCompression(QuantizationMethod):
                 "PTQCompression: smooth helps layers that round their inputs, and scheme='weight_only' rounds none. "
                 "Leave it out, or use scheme='static' or 'dynamic'."
             )
-        if self.num_samples == 0 and (self.equalize or self.smooth is not None):
-            raise OptionError("PTQCompression: equalize and smooth need samples: num_samples is at least 1, got 0.")
+        if self.num_samples == 0 and (self.equalize or self.smooth is not None or self.keep_if is not None):
+            raise OptionError(
+                "PTQCompression: equalize, smooth and keep_if need samples: num_samples is at least 1, got 0."
+            )
         if self.data_aware is False and self.rounding in _WITH_DATA:
             raise OptionError(
                 f"PTQCompression: rounding={self.rounding!r} needs data; data_aware=False forbids them. Leave one out."
@@ -156,6 +162,7 @@ class PTQCompression(QuantizationMethod):
     @property
     def needs_samples(self) -> bool:
         asked = bool(self.data_aware) or self.rounding in _WITH_DATA or self.equalize or self.smooth is not None
+        asked = asked or self.keep_if is not None
         return self.scheme == "static" or asked
 
     def bits_of(self, name: str, is_end: bool, sharing: Sequence[str] = ()) -> tuple[int, int]:
@@ -203,6 +210,8 @@ class PTQCompression(QuantizationMethod):
                 why = "scheme='static' measures the inputs of the layers"
             elif self.data_aware or self.rounding in _WITH_DATA:
                 why = "GPTQ (or AdaRound, AWQ) rounds weights by the inputs of the layers"
+            elif self.keep_if is not None:
+                why = "keep_if='faster' times the layers on samples"
             else:
                 why = "equalize or smooth sees on samples which layers read which"
             raise CalibrationError(
@@ -218,6 +227,8 @@ class PTQCompression(QuantizationMethod):
             round_with_data(
                 model, rounded, context.samples, DataRounding(self.act_order, self.damping), self.max_statistics_bytes
             )
+            if self.keep_if == "faster":
+                keep_faster(model, own_layers(model, context.by), context.samples)
 
     def _move_factors(self, model: nn.Module, samples: Samples, by: str) -> None:
         """Rescales neighbouring layers, as the options say; the model computes the same."""
