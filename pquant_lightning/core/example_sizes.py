@@ -111,6 +111,8 @@ def _with_samples(batch: Any, count: int) -> Any:
 
 def _repeated(tensor: Tensor, dim: int, length: int) -> Tensor:
     """A tensor of another length along a dimension: its beginning, or itself and its beginning again."""
+    if not tensor.shape[dim]:
+        return tensor
     times = -(-length // tensor.shape[dim])
     return torch.cat([tensor] * times, dim).narrow(dim, 0, length)
 

@@ -403,6 +403,68 @@ def test_a_transformer_loses_heads_and_feed_forward_width(quantize: bool, tmp_pa
     assert last.report.params[0] == sum(p.numel() for p in Heads().parameters())
 
 
+# -- what only looks like channels -------------------------------------------------------------------------------------
+
+
+class Placed(SmallModule):
+    """Tokens with a table of positions, rotary tables in buffers, and a window as long as the heads are wide."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, lr: float = 0.01, size: int = 16, window: int = 16) -> None:
+        super().__init__(lr)
+        self.size, self.window = size, window
+        self.pos, self.scale = nn.Parameter(torch.zeros(1, 40, size)), nn.Parameter(torch.ones(size))
+        self.embed, self.q, self.k = nn.Linear(3, size), nn.Linear(size, 8), nn.Linear(size, 8)
+        self.v, self.head = nn.Linear(size, size), nn.Linear(size, 4)
+        angles = torch.arange(40)[:, None] / 10 ** torch.arange(4)
+        self.register_buffer("cos", angles.cos().repeat(1, 2))
+        self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
+
+    @staticmethod
+    def draw(count: int, generator: torch.Generator) -> Inputs:
+        return (torch.randn(count, 9, 3, generator=generator),)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        h = (self.embed(x) + self.pos[:, :n]) * self.scale
+        q, k = (
+            t * self.cos[:n] + torch.cat([-t[..., 4:], t[..., :4]], -1) * self.sin[:n] for t in (self.q(h), self.k(h))
+        )
+        far = torch.tril(torch.ones(n, n, dtype=torch.bool), -self.window)
+        h = h + (q @ k.mT).masked_fill(far, float("-inf")).softmax(-1) @ self.v(h)
+        return self.head(h.reshape(len(x), n, self.size).mean(1))
+
+
+@pytest.mark.parametrize("remove", ["end", "during"])
+def test_positions_and_buffers_are_those_of_the_whole_model_in_every_file(remove: str, tmp_path: Path) -> None:
+    def run(place: str, **resume: Any) -> Any:
+        keep = ModelCheckpoint(tmp_path / place, filename="{epoch}", save_top_k=-1)
+        callback: Any = StructuredPruningCallback(sparsity=0.5, end=0.8, remove=remove, **FINE)
+        return fit(
+            quiet_trainer(tmp_path / place, [callback, keep], max_epochs=EPOCHS), built(Placed), **resume
+        ), callback
+
+    whole, callback = run("whole")
+    for epoch in range(EPOCHS - 1):
+        resumed, _ = run(f"from{epoch}", ckpt_path=tmp_path / "whole" / f"epoch={epoch}.ckpt")
+        assert_equal(tensors(resumed), tensors(whole))
+    small: Any = load_compressed(Placed, callback.artifact)
+    left = small.embed.out_features
+    assert (small.size, small.window, tuple(small.pos.shape)) == (left, 16, (1, 40, left))
+    assert left < 16
+    assert small.cos.shape == small.sin.shape == (40, 8)
+    last: Any = load_compressed(Placed, tmp_path / "whole" / f"epoch={EPOCHS - 1}.ckpt")
+    for shape in ((2, 9, 3), (1, 40, 3), (5, 21, 3)):
+        expected = out(whole, x := torch.randn(shape))
+        for found in (small, last, finalize(whole)):
+            torch.testing.assert_close(out(found, x), expected, rtol=1e-4, atol=1e-5)
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 

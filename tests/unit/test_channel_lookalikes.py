@@ -20,6 +20,7 @@ from pquant_lightning.core.calibration import Samples, run_forward
 from pquant_lightning.core.compression_method import CompressionContext
 from pquant_lightning.core.errors import ModelError
 from pquant_lightning.core.example_sizes import other_sizes
+from pquant_lightning.methods.pruning._sized import Units, as_json, decoded_lengths, take_out
 from pquant_lightning.methods.pruning._widths import Widths
 
 
@@ -417,6 +418,56 @@ def test_what_two_numbers_could_count_is_left_alone() -> None:
     assert (small.first, small.second, small.i.out_features) == (8, 8, 8)
     assert small.o.out_features < 12
     assert "it cannot be told which numbers of the model count them: first or second" in reasons(plan).values()
+
+
+class Given(Either):
+    """The same numbers as arguments, of which one is seen to be the width of the layer."""
+
+    def __init__(self, first: int = 8, second: int = 8) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.i, self.o = nn.Linear(6, first), nn.Linear(first, 12)
+
+
+def test_a_number_that_does_not_move_with_the_width_is_not_changed() -> None:
+    masked, small, _ = pruned(Given(), torch.randn(4, 6), sparsity=0.4)
+    assert small.first == small.i.out_features < 8
+    assert small.second == 8
+    assert_same(masked, small, torch.randn(9, 6))
+
+
+class Normed(nn.Module):
+    """Groups of a norm and of a convolution, an expansion and a kernel: numbers of a block that equal each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_groups, self.expand, self.kernel, self.heads = 4, 4, 4, 4
+        self.i, self.weight = nn.Conv1d(6, 16, 1), nn.Parameter(torch.ones(16))
+        self.conv = nn.Parameter(torch.randn(16, 4, 4) / 8)
+        self.o = nn.Conv1d(16, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.group_norm(self.i(x.mT), self.num_groups, self.weight)
+        h = F.conv1d(F.pad(h, (self.kernel - 1, 0)), self.conv, groups=self.num_groups)
+        return self.o(h).mT.repeat(1, 1, self.expand)
+
+
+def test_only_the_number_of_groups_follows_the_groups() -> None:
+    torch.manual_seed(0)
+    masked, small, _ = pruned(Normed(), torch.randn(4, 9, 6))
+    assert (small.num_groups, small.expand, small.kernel, small.heads) == (2, 4, 4, 4)
+    assert small.weight.shape == (8,)
+    assert_same(masked, small, torch.randn(2, 30, 6), torch.randn(1, 5, 6))
+
+
+def test_groups_of_an_old_file_take_every_equal_number_for_a_length() -> None:
+    """As the release that wrote them did, whose outputs they must give."""
+    parts = (("scale", 0, torch.arange(8)[:, None]),)
+    model = SizeAndWindow()
+    old = Units(parts, {}, None)
+    assert decoded_lengths("i", as_json("i", [old])["lengths"][0]) is None
+    take_out(model, [old], [[0, 1]])
+    assert (model.size, model.window, len(model.scale)) == (6, 6, 6)
 
 
 class Gate(nn.Module):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pquant_lightning.core.calibration import Samples
 from pquant_lightning.core.errors import CalibrationError
@@ -132,10 +133,11 @@ class Trial:
                 if type(value) is not int or value < 1:
                     continue
                 place = possible.get(name, {}).get(attribute)
-                counts = None if place is None else self.widths.counts(name, attribute, place)
+                counts = self._counts(units, name, attribute, place)
                 if counts is False or (place is None and (value < units.count or value % units.count)):
                     continue
-                follow, lengths = found.setdefault((counts is True, attribute, type(module).__qualname__), ([], []))
+                known = counts is True and place is not None
+                follow, lengths = found.setdefault((known, attribute, type(module).__qualname__), ([], []))
                 if place is None:
                     follow.append(path)
                 else:
@@ -145,6 +147,21 @@ class Trial:
             for (known, attribute, owner), (follow, lengths) in sorted(found.items())
         ]
         return tuple(n for known, n in numbers if known), [n for known, n in numbers if not known]
+
+    def _counts(self, units: Units, name: str, attribute: str, place: tuple[str, int] | None) -> bool | None:
+        """Whether a number is a length that loses units, or else the width of a layer that has just these."""
+        if place is not None:
+            return self.widths.counts(name, attribute, place)
+        inside = f"{name}." if name else ""
+        for tensor, dim, indices in units.parts:
+            whole = indices.shape[1] == 1 and tensor_at(self.model, tensor).shape[dim] == units.count
+            if (
+                whole
+                and tensor.startswith(inside)
+                and getattr(self.model.get_submodule(name), attribute) == units.count
+            ):
+                return self.widths.counts(name, attribute, (tensor.removeprefix(inside), dim))
+        return None
 
     # -- all groups ----------------------------------------------------------------------------------------------------
 
@@ -206,7 +223,7 @@ class _Masked:
         near, generator = self._model(), torch.Generator().manual_seed(0)
         new: dict[int, Tensor] = {}
         for parameter in near.parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and not isinstance(parameter, DTensor):
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
                 digits = 4 * torch.finfo(parameter.dtype).eps * noise
                 new[id(parameter)] = nn.Parameter(parameter.detach() * (1 + digits).to(parameter.dtype), False)

@@ -38,7 +38,7 @@ class Widths:
         Args:
             name: of the module.
             attribute: name of its number.
-            place: name of its own tensor, and a dimension.
+            place: name of a tensor in the module, relative to it, and a dimension.
         """
         module = self.model.get_submodule(name)
         if module not in self._seen:
@@ -74,7 +74,7 @@ def _sizes_in(model: nn.Module | None, path: str) -> Sizes | None:
     if module is None:
         return None
     numbers = {name: value for name, value in vars(module).items() if type(value) is int}
-    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    tensors = [*module.named_parameters(), *module.named_buffers()]
     return numbers, {(name, dim): size for name, tensor in tensors for dim, size in enumerate(tensor.shape)}
 
 
