@@ -420,6 +420,62 @@ def test_what_two_numbers_could_count_is_left_alone() -> None:
     assert "it cannot be told which numbers of the model count them: first or second" in reasons(plan).values()
 
 
+class Sometimes(nn.Module):
+    """A number that counts channels, and is read on one of the ways through the model only."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.when, self.size, self.i, self.o = when, 8, nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def hidden(self, x: Tensor, read: bool) -> Tensor:
+        h = self.i(x)
+        return h.reshape(len(x), -1, self.size) if read else h
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = {"training": self.training, "longer": x.shape[1] > 20, "shorter": x.shape[1] < 12, "one": len(x) == 1}
+        return self.o(self.hidden(x, read.get(self.when, False)))
+
+    def generate(self, x: Tensor, max_new_tokens: int) -> Tensor:
+        return self.o(self.hidden(x, self.when == "generate"))[:, :max_new_tokens]
+
+    def predict_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        return self.o(self.hidden(x, self.when == "predict"))
+
+
+@pytest.mark.parametrize("when", ["training", "longer", "shorter", "one", "generate", "predict"])
+def test_numbers_are_found_on_every_way_through_the_model(when: str) -> None:
+    masked, small, _ = pruned(Sometimes(when), torch.randn(TOKENS))
+    assert small.size == small.i.out_features == 4
+    assert_same(masked, small, *map(torch.randn, OTHERS))
+
+
+class ZeroBranch(nn.Module):
+    """Heads of a branch that ends in zeros, as residual branches are often initialized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.i, self.qkv, self.out = 4, nn.Linear(6, WIDTH), nn.Linear(WIDTH, 96), nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 3)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.i(x)
+        q, k, v = self.qkv(h).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.head(h + self.out((q.sin() @ k.sin().mT @ v).transpose(1, 2).flatten(2)))
+
+
+def test_zeros_hide_no_mistake() -> None:
+    masked, small, _ = pruned(ZeroBranch(), torch.randn(TOKENS), exclude=["i"])
+    assert small.heads == 2
+    assert small.out.in_features == 16
+    kept = masked.out.weight.abs().sum(0) + masked.qkv.weight.abs().sum(1).view(3, -1)[2] > 0
+    with torch.no_grad():
+        masked.out.weight[:, kept] = values = torch.randn(WIDTH, int(kept.sum()))
+        small.out.weight.copy_(values)
+    assert_same(masked, small, *map(torch.randn, OTHERS))
+
+
 class Given(Either):
     """The same numbers as arguments, of which one is seen to be the width of the layer."""
 
