@@ -619,6 +619,8 @@ def check_weight(name: str, layer: nn.Module) -> str | None:
         if not isinstance(getattr(layer, tensor_name, None), nn.Parameter | None):
             return f"its {tensor_name} comes from a hook (prune, weight_norm): make it permanent"
     weight = weight_of(layer)
+    if weight.numel() == 0:
+        return "its weight holds no numbers"
     if not weight.is_floating_point():
         return f"its weight is of type {weight.dtype}"
     if weight.is_meta:

@@ -110,6 +110,8 @@ class MonarchLinear(_StructuredLinear, kind="monarch_linear"):
 
     def forward(self, x: Tensor) -> Tensor:
         blocks, rank = self.spec["blocks"], self.spec["rank"]
+        if not torch.compiler.is_compiling() and x.numel() == 0:  # a convolution takes no length of 0
+            return self._with_bias(x @ self.dense_weight().T)
         inner = self.first(x.flatten(0, -2).T if x.dim() > 1 else x[:, None])  # (blocks * blocks * r, rows)
         inner = inner.unflatten(0, (blocks, blocks, rank)).transpose(0, 1).flatten(0, 2)
         y = self.second(inner).unflatten(0, (blocks, -1)).transpose(0, 1).flatten(0, 1)  # (out, rows)
