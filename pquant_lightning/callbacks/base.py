@@ -52,7 +52,7 @@ from pquant_lightning.core.hyperparameters import loading_line
 from pquant_lightning.core.modes import to_training
 from pquant_lightning.core.optimizer import separate_groups
 from pquant_lightning.core.options import option_texts
-from pquant_lightning.core.partial import complete, omit_frozen
+from pquant_lightning.core.partial import HINT, complete, omit_frozen
 from pquant_lightning.core.plan import CompressionPlan, Skip
 from pquant_lightning.core.reduction import on_all
 from pquant_lightning.core.report import CompressionReport, make_report
@@ -282,6 +282,9 @@ class _MethodCallback(Callback):
             checkpoint["state_dict"] = omit_frozen(pl_module, checkpoint["state_dict"])
         if self is _ours(trainer)[-1] and not trainer.strategy.restore_checkpoint_after_setup:
             checkpoint["state_dict"] = renamed_as_saved(pl_module, checkpoint["state_dict"])
+        if self is _ours(trainer)[-1] and compressed_layers(pl_module) and not whole:
+            hint = torch.empty(0, dtype=torch.uint8)
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], HINT: hint}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, value in self.method.metrics(pl_module, self._state).items():

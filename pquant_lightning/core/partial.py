@@ -13,6 +13,8 @@ from pquant_lightning.core.errors import CheckpointError, known
 from pquant_lightning.core.layer_adapter import as_torch
 
 OMITTED = "pquant_omitted"  # in the state dict: the note of what was left out, JSON text as uint8
+# in the state dict of a checkpoint with compressed layers: torch's error, in a model that does not know them, lists it
+HINT = "(this checkpoint is compressed; load it with pquant_lightning.load_compressed(Class, path))"
 _SAMPLE = 4096  # values of each tensor that go into a fingerprint
 _ORDINARY = ("weight", "bias")
 
@@ -41,11 +43,12 @@ def omit_frozen(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def complete(model: nn.Module, state: MutableMapping[str, Any], prefix: str = "") -> None:
-    """Puts the model's own weights where a state dict leaves them out, in place; does nothing to a whole one.
+    """Puts the model's own weights where a state dict leaves them out, in place; a whole one only loses its hint.
 
     Raises:
         CheckpointError: the model is not the base that the state dict was written for; both are named.
     """
+    state.pop(prefix + HINT, None)
     note = state.pop(prefix + OMITTED, None)
     if note is None:
         return

@@ -19,6 +19,7 @@ from pquant_lightning import (
 )
 from pquant_lightning.callbacks.distillation import distillation_loss, fingerprint, relative_square
 from pquant_lightning.core.errors import CheckpointError, ModelError, OptionError
+from pquant_lightning.core.partial import HINT
 from tests.contract.table import TABLE, same_state
 from tests.models import MLP, MODELS, built, fit, quiet_trainer
 
@@ -157,7 +158,7 @@ def test_resume_is_bitwise_and_the_checkpoint_holds_no_teacher(tmp_path: Any) ->
     assert same_state(whole, resumed)
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["callbacks"]["DistillationCallback"] == {"version": 1, "teacher": fingerprint(built(MLP))}
-    assert set(checkpoint["state_dict"]) == set(whole.state_dict())
+    assert set(checkpoint["state_dict"]) - {HINT} == set(whole.state_dict())
 
 
 def test_another_teacher_is_refused_and_a_named_one_taken(tmp_path: Any) -> None:

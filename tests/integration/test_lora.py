@@ -24,7 +24,7 @@ from pquant_lightning import (
 )
 from pquant_lightning.core.compressed_layer import Stage, compressed_layers
 from pquant_lightning.core.errors import CheckpointError
-from pquant_lightning.core.partial import OMITTED
+from pquant_lightning.core.partial import HINT, OMITTED
 from pquant_lightning.core.splitting import split_view
 from pquant_lightning.methods.low_rank.lora import adapters
 from tests.contract.table import output, same_state, same_tensors
@@ -103,7 +103,7 @@ def test_a_thin_checkpoint_is_small_and_says_so(thin: Any) -> None:
     sizes = {name: tensor.numel() for name, tensor in state.items() if not name.endswith("_extra_state")}
     assert OMITTED in sizes
     own = {f"{name}.lora_{x}" for name in adapters(model) for x in "AB"}
-    assert set(sizes) - own == {OMITTED}
+    assert set(sizes) - own == {HINT, OMITTED}
 
 
 def test_the_artefact_of_a_thin_fit_is_whole(thin: Any) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pquant_lightning import CompressedModule, LowRankCallback, QATCallback, load_compressed, prepare
 from pquant_lightning.core.errors import CheckpointError
+from pquant_lightning.core.partial import HINT
 from tests.integration._helpers import LOW_RANK, STACK, assert_equal, kinds, stack, tensors
 from tests.models import MLP, fit, quiet_trainer
 
@@ -95,7 +96,7 @@ def test_every_checkpoint_is_weights_only_safe(tmp_path: Path) -> None:
     assert len(files) == 6
     for file in files:
         checkpoint = torch.load(file, weights_only=True)
-        assert checkpoint["state_dict"].keys() == model.state_dict().keys()
+        assert checkpoint["state_dict"].keys() - {HINT} == model.state_dict().keys()
         assert kinds(load_compressed(MLP, file)) == STACK
 
 
@@ -128,8 +129,10 @@ class MixedIn(CompressedModule, MLP):
 
 def test_plain_load_from_checkpoint_needs_the_mixin_or_prepare(tmp_path: Path) -> None:
     model, path = trained(tmp_path, "stack", *stack())
-    with pytest.raises(RuntimeError, match=r"fc1\.first\.weight"):  # Lightning's own message
+    with pytest.raises(RuntimeError, match=r"fc1\.first\.weight") as raised:  # Lightning's own message
         MLP.load_from_checkpoint(path)
+    assert "load it with pquant_lightning.load_compressed(Class, path)" in str(raised.value)
+    assert_equal(tensors(load_compressed(MLP, path)), tensors(model))
     assert_equal(tensors(MixedIn.load_from_checkpoint(path)), tensors(model))
 
     prepared = prepare(MLP())
