@@ -27,7 +27,7 @@ from pquant_lightning.callbacks._lightning import is_a
 from pquant_lightning.callbacks._monitors import reset_monitors, reset_would_matter
 from pquant_lightning.callbacks._optimizers import follow_resized, repair_optimizers
 from pquant_lightning.core._private import averaged_models, launches_copies, resume_path, resume_switch
-from pquant_lightning.core.calibration import Samples, run_samples
+from pquant_lightning.core.calibration import Samples, bind_batch, first_samples, run_samples
 from pquant_lightning.core.compiled import rename_to_plain, renamed_as_saved, unwrap
 from pquant_lightning.core.compressed_layer import (
     Stage,
@@ -55,7 +55,7 @@ from pquant_lightning.core.options import option_texts
 from pquant_lightning.core.partial import HINT, complete, omit_frozen
 from pquant_lightning.core.plan import CompressionPlan, Skip
 from pquant_lightning.core.reduction import on_all
-from pquant_lightning.core.report import CompressionReport, make_report
+from pquant_lightning.core.report import CompressionReport, count_macs, make_report
 from pquant_lightning.core.serialization import (
     artifact_metadata,
     read_sharded_specs,
@@ -251,12 +251,16 @@ class _MethodCallback(Callback):
             self.method.project(pl_module, self._state)
         if self is ours[-1]:
             self._scratch.best_before = best_path(trainer)
+        if self is ours[-1] and resume_path(trainer) is not None:
+            _report(trainer, pl_module, shown=_act_at_start(ours))  # before, the values of the file were not there
         if self is ours[-1] and self.report is not None:
             pl_module.log("pquant/compression_ratio", self.report.compression_ratio, sync_dist=True)
-            pl_module.log("pquant/size_ratio", self.report.size_ratio, prog_bar=True, sync_dist=True)
+            pl_module.log("pquant/size_ratio", self.report.size_ratio, sync_dist=True)
             pl_module.log("pquant/size_bytes", float(self.report.size_bytes[1]), sync_dist=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._scratch.example is None and self is _ours(trainer)[-1]:
+            self._scratch.example = first_samples(batch, 1)
         if type(self.method).step is CompressionMethod.step:
             return
         progress = self._scratch.progress = _progress(trainer, batch_idx)
@@ -313,7 +317,7 @@ class _MethodCallback(Callback):
             samples = self._scratch.samples = _take_samples(trainer, pl_module, self.method)
             self.method.calibrate(pl_module, CompressionContext(by=self.state_key, samples=samples))
         if self is _ours(trainer)[-1]:
-            _report(trainer, pl_module)  # what a schedule or calibration has changed since the start
+            _report(trainer, pl_module, shown=not _act_at_start(_ours(trainer)))
         if self.method.completes_at > 0 and not self._complete and not smoke_test:
             log.warning(
                 "%s reaches its target at %.0f %% of the training, and the training ended at %.0f %%. Train longer, or "
@@ -340,6 +344,7 @@ class _MethodCallback(Callback):
                 log.error("No artefact was written: %s", error)
                 self.artifact = None
                 return
+            _close_bar(trainer)
             log.info(
                 "Compressed model: %s (%s bytes, %.1f %% of the uncompressed weights). Load it with\n    %s",
                 self.artifact,
@@ -375,6 +380,7 @@ class _Run:
         self.gathered: dict[str, Any] | None = None
         self.best_before = ""  # the best checkpoint of an earlier fit, which this one has not written
         self.samples: Samples | None = None
+        self.example: Any = None  # one sample of the first batch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Run":
         return _Run()
@@ -512,21 +518,43 @@ def _finish(trainer: Trainer, module: LightningModule, undo: Undo) -> None:
             f"{type(module).__name__} has no parameter to train: all are frozen or integers. Unfreeze some "
             "(parameter.requires_grad_(True)); a finalized model is not trained again: load a checkpoint of the fit."
         )
-    _report(trainer, module)
+    if resume_path(trainer) is None:
+        _report(trainer, module, shown=_act_at_start(_ours(trainer)))
     if trainer.is_global_zero:
         warn_where_most_is_left(module)
 
 
-def _report(trainer: Trainer, module: LightningModule) -> None:
-    """Reports the model on the last of our callbacks; shown where it says something new."""
+def _act_at_start(callbacks: list[_MethodCallback]) -> bool:
+    """Whether what is done to the model is done when the training starts; else the table is that of the end."""
+    return all(c.method.completes_at == 0 and not c.method.acts_after_training for c in callbacks)
+
+
+def _example(module: LightningModule, sample: Any) -> Any:
+    """Inputs of `forward`: the module's own example, or out of a training batch where it can be seen how; else None."""
+    own = getattr(module, "example_input_array", None)
+    if own is not None or sample is None:
+        return own
+    try:
+        args, kwargs = bind_batch(module, sample)
+        count_macs(module, kwargs or args)
+    except Exception:  # whatever a forward may raise on a batch that training_step takes apart
+        return None
+    return kwargs or args
+
+
+def _report(trainer: Trainer, module: LightningModule, shown: bool) -> None:
+    """Reports the model on the last of our callbacks, and logs the table where it is to be `shown`: once in a fit."""
     ours = _ours(trainer)
     runs = [callback._scratch for callback in ours]
     errors = {name: error for run in runs for name, error in run.errors.items()}
     skipped = [skip for run in runs for skip in run.skipped if skip.name not in compressed_layers(module)]
-    example = getattr(module, "example_input_array", None)
+    example = _example(module, ours[-1]._scratch.example)
     report = make_report(module, example_inputs=example, errors=errors, skipped=skipped)
-    if trainer.is_global_zero and ours[-1].shows_report and report != ours[-1].report:
-        log.info("%s", report)
+    if trainer.is_global_zero and ours[-1].shows_report and shown:
+        needs = (
+            "" if report.macs is not None else "\nTo have MACs counted here, give the module an example_input_array."
+        )
+        log.info("%s%s", report, needs)
     ours[-1].report = report
 
 
@@ -595,6 +623,13 @@ def _fitting_samples(
     except CalibrationError as error:
         failure = error
     return samples, failure
+
+
+def _close_bar(trainer: Trainer) -> None:
+    """Ends a progress bar that is redrawn until the Trainer is torn down: it would wipe out what is printed now."""
+    live: Any = getattr(trainer.progress_bar_callback, "progress", None)
+    if hasattr(live, "stop"):
+        live.stop()
 
 
 def _track(trainer: Trainer, items: Iterable[Any], description: str) -> Iterable[Any]:

@@ -99,7 +99,7 @@ def test_a_fit_writes_the_page_beside_the_artefact(tmp_path: Path) -> None:
     assert f"{artifact.stat().st_size:,} bytes" in read.summary
     assert read.report.size_ratio < 0.6
     names = [metric.name for metric in read.metrics]
-    assert names[:4] == ["latency", "parameters", "size", "val_loss"]
+    assert names[:5] == ["latency", "parameters", "size", "MACs", "val_loss"]
     assert [step for step, _ in read.curves["val_loss"]] == [4, 8, 12]
     assert read.curves["val_loss"][-1][1] == pytest.approx(float(trainer.callback_metrics["val_loss"]))
     assert read.moments == {"LowRankCallback(low_rank)": 0, "PTQCallback(ptq)": 12}
