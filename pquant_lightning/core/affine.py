@@ -395,7 +395,7 @@ class _LearnedActivation(torch.autograd.Function):
         grid, low, high, rounding = ctx.options
         upstream = grad.float()
         inside = _inside(upstream, ratio, low, high)
-        share = (ratio.numel() * grid.top) ** -0.5
+        share = (max(ratio.numel(), 1) * grid.top) ** -0.5
         slope = ((upstream * codes).sum() - (inside * (ratio if rounding else codes)).sum()) * share * scale.sign()
         shift = (inside.sum() - upstream.sum()) * (grid.scale * share)
         return inside.to(grad.dtype), slope.reshape(1), shift.reshape(1), None, None

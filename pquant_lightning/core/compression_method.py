@@ -403,7 +403,9 @@ class LayerMethod(CompressionMethod):
         protected = self._protected(view, owners, context)
         for name, module in self._targets(view, [], context.kept):
             layer = as_torch(module)
-            if layer is None or name in protected or check_weight(name, layer) is not None:
+            if layer is None or name in protected:
+                continue
+            if check_weight(name, layer, not self.acts_after_training) is not None:
                 continue
             if self.changes_shared or all(len(owners[id(p)]) == 1 for p in module.parameters(recurse=False)):
                 found[name] = self.candidates(name, layer, context)
@@ -543,7 +545,8 @@ class LayerMethod(CompressionMethod):
     ) -> LayerPlan | Skip:
         layer = build_layer(module.spec["layer"], device="meta") if self._takes(module) else as_torch(module)
         assert layer is not None
-        if not self._takes(module) and (reason := check_weight(name, layer)) is not None:
+        reason = None if self._takes(module) else check_weight(name, layer, not self.acts_after_training)
+        if reason is not None:
             return Skip(name, reason)
         shared = [other for p in module.parameters(recurse=False) for other in owners[id(p)] if other != name]
         if shared and not (self.changes_shared and layer is module):  # an adapter's weight may be a copy
@@ -609,8 +612,21 @@ class Selection:
         return None
 
 
-def check_weight(name: str, layer: nn.Module) -> str | None:
+SPARSE_GRADIENTS = "its gradients are sparse (sparse=True), for optimizers such as SparseAdam that take no others"
+
+
+def has_sparse_gradients(layer: nn.Module) -> bool:
+    """Whether this is an embedding whose weight only such optimizers train: nothing may take that weight's place."""
+    return isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse
+
+
+def check_weight(name: str, layer: nn.Module, trains_on: bool = False) -> str | None:
     """Why the weight of an ordinary layer cannot be worked on; None where it can.
+
+    Args:
+        name: of the layer.
+        layer: ordinary.
+        trains_on: whether it is changed before the training, or during it.
 
     Raises:
         ModelError: it has no values, or NaN or infinite ones.
@@ -623,6 +639,10 @@ def check_weight(name: str, layer: nn.Module) -> str | None:
         return "its weight holds no numbers"
     if not weight.is_floating_point():
         return f"its weight is of type {weight.dtype}"
+    if weight.numel() == 0:
+        return f"its weight {tuple(weight.shape)} holds no values"
+    if trains_on and has_sparse_gradients(layer):
+        return SPARSE_GRADIENTS
     if weight.is_meta:
         raise ModelError(f'Layer {name!r} is on "meta" and has no values: load the weights, then compress.')
     if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():  # the sum is cheap, but may overflow

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from pquant_lightning.core.calibration import Samples, from_rank_zero
 from pquant_lightning.core.channels import Group, find_groups
 from pquant_lightning.core.compressed_layer import CompressedLayer, Stage, compressed_layers
-from pquant_lightning.core.compression_method import CompressionContext, CompressionMethod, Selection, check_weight
+from pquant_lightning.core.compression_method import (
+    SPARSE_GRADIENTS,
+    CompressionContext,
+    CompressionMethod,
+    Selection,
+    check_weight,
+    has_sparse_gradients,
+)
 from pquant_lightning.core.errors import CalibrationError, ModelError, OptionError, known
 from pquant_lightning.core.example_sizes import other_sizes
 from pquant_lightning.core.layer_adapter import as_torch, layer_spec
@@ -523,6 +530,8 @@ def _why_left(model: nn.Module, units: Units, chosen: Selection) -> str | None:
         return excluded
     if all(reasons):
         return reasons[0]
+    if sparse := next((name for name, _, _ in units.parts if has_sparse_gradients(_owner(model, name))), None):
+        return f"{sparse.rpartition('.')[0]}: {SPARSE_GRADIENTS}"
     for name, layer in compressed_layers(model).items():
         inside = [module == name or module.startswith(f"{name}.") for module in units.modules]
         if layer.stage is not Stage.UNFUSE and (all(inside) or (any(inside) and not layer.resizable)):

@@ -241,7 +241,7 @@ class UnstructuredPruning(CompressionMethod):
             return "an embedding: name it in include to prune it"
         if name in ends and self.include is None:
             return "the first or the last layer: name it in include to prune it"
-        if ordinary is not None and (reason := check_weight(name, ordinary)):
+        if ordinary is not None and (reason := check_weight(name, ordinary, trains_on=True)):
             return reason
         if shared := [owners[id(weight)] for weight in weights.values() if id(weight) in owners]:
             return f"shares its weight with {shared[0]!r}"

@@ -305,8 +305,9 @@ class IntEmbedding(IntLayer, nn.Embedding, kind="int_embedding"):
     def forward(self, x: Tensor) -> Tensor:
         codes, scale = F.embedding(x, self.codes), F.embedding(x, self.scale)
         if self.spec["bits"] < 8:
-            codes = unpack(codes.flatten(0, -2), self.embedding_dim, self.spec["bits"]).reshape(*x.shape, -1)
-        levels = codes.float().unflatten(-1, (scale.shape[-1], -1))
+            rows = unpack(codes.flatten(0, -2), self.embedding_dim, self.spec["bits"])
+            codes = rows.reshape(*x.shape, self.embedding_dim)
+        levels = codes.float().unflatten(-1, (scale.shape[-1], self.embedding_dim // scale.shape[-1]))
         if self.zero is not None:
             levels = levels - F.embedding(x, self.zero).float()[..., None]
         return (levels * scale[..., None]).flatten(-2).to(self.like.dtype)
