@@ -402,18 +402,34 @@ def images() -> DataLoader[Any]:
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
+class OnlyInTraining(Plain):
+    """Neither its forward nor, before there are optimizers, its training step takes a training batch."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if not self.trainer.optimizers:
+            raise RuntimeError("not in training")
+        return super().training_step(batch, batch_idx)
+
+
+def test_ptq_runs_the_training_step_where_forward_takes_other_batches(tmp_path: Path) -> None:
+    callback = PTQCallback(min_saving=0.0)
+    quiet_trainer(tmp_path, [callback]).fit(model := Plain(), images())
+    assert model.first.known
+
+
 def test_ptq_says_before_the_training_that_it_cannot_run_the_model(tmp_path: Path) -> None:
-    model = Plain()
-    with pytest.raises(CalibrationError, match="Plain.forward requires pixels, mask.*dicts with 'image', 'label'"):
+    model = OnlyInTraining()
+    with pytest.raises(CalibrationError, match="forward requires pixels, mask.*dicts with 'image', 'label'"):
         quiet_trainer(tmp_path, [PTQCallback(min_saving=0.0)]).fit(model, images())
     assert model.steps == 0
 
 
 @pytest.mark.parametrize("quantizer", ["ste", "lsq", "pact"])
 def test_qat_goes_on_without_calibration(quantizer: str, tmp_path: Path, package_log: pytest.LogCaptureFixture) -> None:
-    model = Plain()
+    model = OnlyInTraining()
     quiet_trainer(tmp_path, [QATCallback(quantizer=quantizer, **ALL_BITS)]).fit(model, images())
-    assert "without calibration: Plain.forward requires pixels, mask" in package_log.text
+    assert "without calibration: OnlyInTraining cannot be run" in package_log.text
+    assert "OnlyInTraining.forward requires pixels, mask" in package_log.text
     args = (next(iter(images()))["image"], torch.ones(16))
     assert model.first.known
     assert error(outputs(model, *args), outputs(finalize(model), *args)) < 1e-4
@@ -455,7 +471,7 @@ def test_a_small_training_set_is_said_once_per_calibration(
     tmp_path: Path, package_log: pytest.LogCaptureFixture
 ) -> None:
     fit(quiet_trainer(tmp_path, [QATCallback(min_saving=0.0, num_samples=100)]), MLP())
-    assert package_log.text.count("32 samples; 100 were asked for") == 1
+    assert package_log.text.count("32 samples, and 100 were asked for") == 1
     package_log.clear()
     fit(quiet_trainer(tmp_path, [QATCallback(min_saving=0.0, num_samples=32)]), MLP())
     assert "asked for" not in package_log.text
