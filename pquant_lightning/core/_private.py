@@ -39,6 +39,9 @@ WHOLE_COMPILED_METHODS = ("forward", "training_step", "validation_step", "test_s
 # torch 2.13: how often a tensor has been written to in place
 TENSOR_VERSION = "_version"
 
+# torch 2.13: what an operation takes, and which of it it writes to
+OPERATION_SCHEMA = "_schema"
+
 # torch 2.13, torch/nn/modules/module.py and conv.py: methods that our layers override or call where they stand
 LAYER_METHODS = ("_apply", "_load_from_state_dict", "_save_to_state_dict", "_conv_forward", "_output_padding")
 
@@ -150,6 +153,21 @@ def per_channel_tensor(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor
     """int8 codes `(out, in)` and scales `(out,)` as the quantized tensor that fbgemm packs; torch 2.13."""
     zeros = torch.zeros(len(codes), dtype=torch.long)
     return torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros, 0)
+
+
+def has_int4_product() -> bool:
+    """Whether this build of torch multiplies by 4-bit weights on the CPU; torch 2.13."""
+    return hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
+
+
+def int4_weight(codes: torch.Tensor) -> torch.Tensor:
+    """Codes 0 .. 15, int32 `(out, in)`, out a multiple of 16, as `int4_product` wants them; torch 2.13."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+
+
+def int4_product(x: torch.Tensor, weight: torch.Tensor, group_size: int, grid: torch.Tensor) -> torch.Tensor:
+    """bfloat16 `(rows, in)` by an `int4_weight`; `grid` is bfloat16 `(groups, out, 2)`: scales, zeros; torch 2.13."""
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, grid)
 
 
 @contextlib.contextmanager

@@ -47,10 +47,10 @@ def _array(value: Mapping[str, Any]) -> Any:
 
 
 def _tensor(value: Mapping[str, Any]) -> Tensor:
-    return torch.tensor(value["values"], dtype=_dtype(value["dtype"])).reshape(value["shape"])
+    return torch.tensor(value["values"], dtype=_named_dtype(value["dtype"])).reshape(value["shape"])
 
 
-def _dtype(name: str) -> torch.dtype:
+def _named_dtype(name: str) -> torch.dtype:
     found = getattr(torch, name)
     if not isinstance(found, torch.dtype):
         raise TypeError(f"{name!r} is no dtype")
@@ -70,7 +70,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "path": Path,
     "complex": lambda value: complex(*value),
     "bytes": bytes.fromhex,
-    "dtype": _dtype,
+    "dtype": _named_dtype,
     "device": torch.device,
     "array": _array,
     "tensor": _tensor,

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+import warnings
 
 import pytest
 import torch
@@ -18,10 +19,17 @@ from pquant_lightning.core._private import (
     LAST_STEP_SAVED,
     MODULE_HOOKS,
     MODULE_TABLE,
+    OPERATION_SCHEMA,
     TENSOR_TABLES,
     TENSOR_VERSION,
     DispatchMode,
+    fbgemm_engine,
+    has_int4_product,
+    has_vnni,
+    int4_product,
+    int4_weight,
     launches_copies,
+    per_channel_tensor,
     resume_path,
     shallow_copy,
     takes_off_scale,
@@ -240,3 +248,30 @@ def test_encoder_layers_read_nothing_else_of_attention_before_they_leave_the_fas
 def test_fused_optimizers_take_the_factor_of_mixed_precision_off():
     weight = nn.Parameter(torch.zeros(2))
     assert [takes_off_scale(torch.optim.Adam([weight], fused=fused)) for fused in (True, False)] == [True, False]
+
+
+def test_operations_say_what_they_write_to():
+    (first, *_) = getattr(torch.ops.aten.add_.Tensor, OPERATION_SCHEMA).arguments
+    assert first.alias_info.is_write
+
+
+def test_four_bit_products():
+    if has_int4_product():
+        codes = torch.randint(0, 16, (16, 32), dtype=torch.int32)
+        grid = torch.ones(1, 16, 2, dtype=torch.bfloat16)
+        grid[..., 1] = 0
+        x = torch.eye(32, dtype=torch.bfloat16)
+        assert torch.equal(int4_product(x, int4_weight(codes), 32, grid).t().float(), codes - 8.0)
+
+
+def test_codes_are_packed_by_fbgemm_and_the_engine_stays():
+    before = torch.backends.quantized.engine
+    with fbgemm_engine():
+        assert torch.backends.quantized.engine == "fbgemm"
+    assert torch.backends.quantized.engine == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is going to replace its quantized tensors
+        packed = per_channel_tensor(torch.tensor([[3, -4]], dtype=torch.int8), torch.tensor([0.5]))
+    assert packed.int_repr().tolist() == [[3, -4]]
+    assert packed.q_per_channel_scales().tolist() == [0.5]
+    assert isinstance(has_vnni(), bool)

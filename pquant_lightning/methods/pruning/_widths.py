@@ -5,7 +5,6 @@ with what the module has kept of its arguments (attributes of the same names, a 
 one argument after the other is doubled, on "meta": the numbers that move with a dimension in every case are its width.
 """
 
-import copy
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from pquant_lightning.core.copying import deep_copy
 
 _MOST_FIELDS = 64  # of a config
 _LOADS = ("pretrained", "checkpoint", "path", "model_name")  # arguments by which a constructor may read files
@@ -111,7 +112,7 @@ def _doubled(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
         elif not isinstance(value, int | float | str):
             fields = [key for key, number in getattr(value, "__dict__", {}).items() if type(number) is int]
             for field in fields[:_MOST_FIELDS]:
-                other = copy.deepcopy(value)
+                other = deep_copy(value)
                 object.__setattr__(other, field, 2 * getattr(value, field))  # a dataclass may be frozen
                 yield {**arguments, name: other}
 

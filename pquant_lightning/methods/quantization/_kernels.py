@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pquant_lightning.core._private import has_int4_product, int4_product, int4_weight
 from pquant_lightning.core.affine import affine_codes, dynamic_grid
 from pquant_lightning.methods.quantization._convolutions import HAS_CONV, int_conv, needs_parts
 from pquant_lightning.methods.quantization._forms import FLOAT
@@ -182,14 +183,14 @@ def _takes_four_bits(layer: Any, x: Tensor) -> bool:
     spec = layer.spec
     if not isinstance(layer, nn.Linear) or spec["act"] is not None or spec["group_size"] not in _PACKED_GROUPS:
         return False
-    known = hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") and x.device.type == "cpu"
+    known = has_int4_product() and x.device.type == "cpu"
     return bool(known and spec["bits"] <= 4 and layer.out_features % 16 == 0 and x.dtype != torch.float64)
 
 
 def _for_four_bits(layer: Any) -> Any:
     """Codes 0..15, with the scales in bfloat16; zero points are kept exactly, beside them."""
     codes = layer.ready()["codes"].to(torch.int32) + 8
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    packed = int4_weight(codes)
     scale = layer.scale.bfloat16()
     scales = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous()  # (groups, out, 2)
     shift = None if layer.zero is None else (scale.float() * layer.zero.float()).t().contiguous()
@@ -199,8 +200,7 @@ def _for_four_bits(layer: Any) -> Any:
 def _four_bits(layer: Any, x: Tensor, weight: Any) -> Tensor:
     packed, scales, shift = weight
     rows, group = x.reshape(-1, x.shape[-1]), layer.spec["group_size"]
-    multiply: Any = torch.ops.aten._weight_int4pack_mm_for_cpu
-    y = multiply(rows.bfloat16(), packed, group, scales).float()
+    y = int4_product(rows.bfloat16(), packed, group, scales).float()
     if shift is not None:
         y = y.sub_(rows.float().unflatten(1, (-1, group)).sum(2) @ shift)
     return (y if layer.bias is None else y.add_(layer.bias.float())).reshape(*x.shape[:-1], -1)
