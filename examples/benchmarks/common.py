@@ -1,10 +1,13 @@
 """What the benchmarks share: the networks, the clock and the tables."""
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -73,6 +76,17 @@ def resnet18() -> nn.Module:
     for in_, out, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
         layers += [ResidualBlock(in_, out, stride), ResidualBlock(out, out, 1)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+def machine() -> str:
+    """The processor, the instructions that torch uses on it, the threads, and the version of torch."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor()
+    vnni = "with VNNI" if torch.cpu._is_vnni_supported() else "without VNNI"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {capability} {vnni}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
 def cpu_seconds(run: Callable[[], Any], repeats: int = 1) -> float:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Batch, linear_encoder, print_table, relative_times
+from common import Batch, linear_encoder, machine, print_table, relative_times
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -143,7 +143,7 @@ def main() -> None:
     if options.grow:
         print(growth_mb(options.grow))
         return
-    print(f"torch {torch.__version__}, 1 thread, {torch.backends.cpu.get_cpu_capability()}, {options.rounds} rounds")
+    print(f"{machine()}, {options.rounds} rounds")
     for part in options.only:
         title, rows = parts[part]
         print_table(title, rows(options.rounds))

@@ -1,6 +1,7 @@
 """Cost of quantization-aware training, speed of integer inference and size of integer files, relative to plain fp32.
 
-    python examples/benchmarks/quantization.py [--rounds 15] [--only training inference compile size] [--models MLP]
+    python examples/benchmarks/quantization.py [--rounds 15] [--models MLP]
+        [--only training inference compile layers size]
 
 Models are compressed as users do it: a callback with default options in a short `Trainer.fit`, and for inference
 `load_compressed` of the artefact. Time is CPU time on one thread relative to fp32 eager in the same round, the median
@@ -19,12 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import Batch, linear_encoder, mlp, print_table, relative_times, resnet18, torch_encoder
+from common import Batch, linear_encoder, machine, mlp, print_table, relative_times, resnet18, torch_encoder
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pquant_lightning import PTQCallback, QATCallback, compress_model, load_compressed, save_compressed
+from pquant_lightning.methods.quantization._kernels import compute
 
 
 class Network(NamedTuple):
@@ -155,6 +157,46 @@ def speed_ups(names: list[str], rounds: int, compiled: bool) -> Iterator[list[st
         yield [title, faster["static"], bar, faster["dynamic"], faster.get("peer", "-")]
 
 
+LAYER_SCHEMES: dict[str, dict[str, Any]] = {
+    "8-bit weights": {"scheme": "weight_only"},
+    "4-bit weights in groups of 32": {"scheme": "weight_only", "bits": 4, "group_size": 32},
+    "`PTQCallback()`": {},
+    '`scheme="dynamic"`': {"scheme": "dynamic"},
+}
+LAYER_SIZES = ((4096, (1,)), (1024, (1, 8, 32, 128, 512)))  # inputs and outputs, batches
+
+
+def layers(rounds: int) -> Iterator[list[str]]:
+    """Rows: time in floating point / time of the deployed layer, and the error of its sums against int64."""
+    yield ["layer, batch, model", *LAYER_SCHEMES, "error of the sums"]
+    for dtype in (torch.float32, torch.bfloat16):
+        for width, batches in LAYER_SIZES:
+            module = nn.Sequential(nn.Linear(width, width)).to(dtype)
+            data = [torch.randn(64, width, dtype=dtype)]
+            found = {
+                name: compress_model(module, "ptq", train_loader=data, rounding="nearest", **options)
+                for name, options in LAYER_SCHEMES.items()
+            }
+            for batch in batches:
+                inputs = torch.randn(batch, width, dtype=dtype)
+                runs = {name: inference(model, inputs) for name, model in {"float": module, **found}.items()}
+                times = relative_times(runs, rounds)
+                faster = [f"{times['float'] / times[name]:.2f}" for name in LAYER_SCHEMES]
+                title = f"{width} x {width}, {batch}, {str(dtype).removeprefix('torch.')}"
+                yield [title, *faster, f"{error_of_sums(found['`PTQCallback()`'][0], batch):.0e}"]
+
+
+def error_of_sums(layer: Any, rows: int) -> float:
+    """Relative error of what the layer's kernel adds up, for the largest input codes, against int64."""
+    codes, grid = layer.weight_codes(), layer.ready()["grid"]
+    x = torch.full((rows, codes.shape[1]), float(grid.scale) * (grid.top - float(grid.zero_point)))
+    exact = (grid.top - int(grid.zero_point)) * codes.long().sum(1)
+    expected = exact.double() * layer.ready()["multiplier"].double() + layer.ready()["bias"].double()
+    with torch.no_grad():
+        found = compute(layer, x).double()
+    return float((found - expected).abs().max() / expected.abs().max()) // 1e-6 * 1e-6  # float32 rounds the rest
+
+
 def sizes() -> Iterator[list[str]]:
     """Rows: bytes of a file of the MLP / bytes of that of fp32."""
     yield ["file of the MLP", "bytes", "/ fp32", "bar"]
@@ -172,7 +214,7 @@ def sizes() -> Iterator[list[str]]:
 
 def main() -> None:
     """Reads the command line and prints the tables."""
-    parts = ["training", "inference", "compile", "size"]
+    parts = ["training", "inference", "compile", "layers", "size"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="default: all")
@@ -185,12 +227,12 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
-    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    print(f"torch {torch.__version__}, {threads} thread, {capability}, medians of {options.rounds} rounds")
+    print(f"{machine()}, medians of {options.rounds} rounds")
     tables = {
         "training": ("Training step: time / fp32", training(options.models, options.rounds)),
         "inference": ("Inference: times faster than fp32 eager", speed_ups(options.models, options.rounds, False)),
         "compile": ("Compiled: times faster than fp32 eager", speed_ups(options.models, options.rounds, True)),
+        "layers": ("One Linear layer: times faster than floating point", layers(options.rounds)),
         "size": ("File size", sizes()),
     }
     for part in parts:

@@ -155,21 +155,6 @@ def per_channel_tensor(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor
     return torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros, 0)
 
 
-def has_int4_product() -> bool:
-    """Whether this build of torch multiplies by 4-bit weights on the CPU; torch 2.13."""
-    return hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
-
-
-def int4_weight(codes: torch.Tensor) -> torch.Tensor:
-    """Codes 0 .. 15, int32 `(out, in)`, out a multiple of 16, as `int4_product` wants them; torch 2.13."""
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-
-
-def int4_product(x: torch.Tensor, weight: torch.Tensor, group_size: int, grid: torch.Tensor) -> torch.Tensor:
-    """bfloat16 `(rows, in)` by an `int4_weight`; `grid` is bfloat16 `(groups, out, 2)`: scales, zeros; torch 2.13."""
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, grid)
-
-
 @contextlib.contextmanager
 def fbgemm_engine() -> Iterator[None]:
     """The engine that packs weights is a setting of the process: fbgemm inside, what it was afterwards; torch 2.13."""

@@ -24,10 +24,7 @@ from pquant_lightning.core._private import (
     TENSOR_VERSION,
     DispatchMode,
     fbgemm_engine,
-    has_int4_product,
     has_vnni,
-    int4_product,
-    int4_weight,
     launches_copies,
     per_channel_tensor,
     resume_path,
@@ -253,15 +250,6 @@ def test_fused_optimizers_take_the_factor_of_mixed_precision_off():
 def test_operations_say_what_they_write_to():
     (first, *_) = getattr(torch.ops.aten.add_.Tensor, OPERATION_SCHEMA).arguments
     assert first.alias_info.is_write
-
-
-def test_four_bit_products():
-    if has_int4_product():
-        codes = torch.randint(0, 16, (16, 32), dtype=torch.int32)
-        grid = torch.ones(1, 16, 2, dtype=torch.bfloat16)
-        grid[..., 1] = 0
-        x = torch.eye(32, dtype=torch.bfloat16)
-        assert torch.equal(int4_product(x, int4_weight(codes), 32, grid).t().float(), codes - 8.0)
 
 
 def test_codes_are_packed_by_fbgemm_and_the_engine_stays():

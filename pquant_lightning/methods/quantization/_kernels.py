@@ -12,12 +12,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pquant_lightning.core._private import has_int4_product, int4_product, int4_weight
 from pquant_lightning.core.affine import affine_codes, dynamic_grid
 from pquant_lightning.methods.quantization._convolutions import HAS_CONV, int_conv, needs_parts
 from pquant_lightning.methods.quantization._forms import FLOAT
@@ -130,80 +129,69 @@ def convolution(layer: Any, x: Tensor) -> Tensor:
 
 # -- unquantized inputs times an integer weight ----------------------------------------------------------------------
 
-_PARTS, _BITS = 3, 7  # an input as three digits of seven bits: 21 bits, nearly the 24 of float32
+_BITS, _DIGITS = 7, 3  # an input as three digits of seven bits: 21 bits, nearly the 24 of float32
 _HALF = 2 ** (_BITS - 1)
+_BYTE = 256  # two bytes make a weight of 16 bits
+_TOP = 127 * _BYTE + 127
 
 
-def _digits(layer: Any, x: Tensor, weight: Any) -> Tensor:
+class _Digits(NamedTuple):
+    weight: Any  # of one byte per value, or of two, the high bytes first
+    scale: Tensor  # float32 (out,)
+    zero: Tensor | None  # float32 (out,)
+    bias: Tensor | None
+    two_bytes: bool
+
+
+def _digits(layer: Any, x: Tensor, weight: _Digits) -> Tensor:
     """Inputs of a Linear layer as whole multiples of 2^-20 of each row's largest, in three digits of seven bits.
 
-    Each digit is a row of a product of integers, which is exact: digits have seven bits, so no pair saturates.
+    Each digit is a row of a product of integers, which is exact: with seven bits on one side no pair saturates.
     """
-    packed, scale, zero, bias = weight
     rows = x.reshape(-1, x.shape[-1]).float()
-    top = float(2 ** (_BITS * _PARTS - 1) - 2 ** (_BITS * _PARTS - _BITS))
+    top = float(2 ** (_BITS * _DIGITS - 1) - 2 ** (_BITS * _DIGITS - _BITS))
     unit = (rows.abs().amax(1, keepdim=True) / top).clamp_min(1e-38)
     left = (rows / unit).round_()
+    shift = None if weight.zero is None else left.sum(1, keepdim=True) * weight.zero
     digits = []
-    for power in range(_PARTS - 1, 0, -1):
+    for power in range(_DIGITS - 1, 0, -1):
         base = float(2 ** (_BITS * power))
-        digit = (left / base).round_()
-        left = left.sub_(digit * base)
-        digits.append(digit)
-    levels = torch.cat([*digits, left])
-    products = fbgemm_product(levels, _HALF, packed).unflatten(0, (_PARTS, -1))
-    y = products[0]
-    for digit in products[1:]:
-        y = y.mul_(2**_BITS).add_(digit)
-    if zero is not None:
-        y = y.sub_(rows.div(unit).round_().sum(1, keepdim=True) * zero)
-    y = y.mul_(unit).mul_(scale)
-    return (y if bias is None else y.add_(bias)).reshape(*x.shape[:-1], -1)
+        digits.append((left / base).round_())
+        left = left.sub_(digits[-1] * base)
+    products = fbgemm_product(torch.cat([*digits, left]), _HALF, weight.weight)
+    if weight.two_bytes:
+        high, low = products.chunk(2, 1)
+        products = high * _BYTE + low
+    y, *others = products.unflatten(0, (_DIGITS, -1))
+    for other in others:
+        y = y.mul_(2**_BITS).add_(other)
+    y = y if shift is None else y.sub_(shift)
+    y = y.mul_(unit).mul_(weight.scale)
+    return (y if weight.bias is None else y.add_(weight.bias)).reshape(*x.shape[:-1], -1)
 
 
-def _for_digits(layer: Any) -> Any:
-    ready = layer.ready()
-    zero = None if layer.zero is None else layer.zero.float().squeeze(1)
+def _for_digits(layer: Any) -> _Digits:
+    """One byte per weight where its outputs have a scale each; else two, of the weights in groups put together."""
     bias = None if layer.bias is None else layer.bias.float()
-    return prepare_fbgemm(ready["codes"], input_bits=_BITS), layer.scale.squeeze(1), zero, bias
+    if layer.spec["group_size"] is None:
+        zero = None if layer.zero is None else layer.zero.float().squeeze(1)
+        return _Digits(
+            prepare_fbgemm(layer.ready()["codes"], input_bits=_BITS), layer.scale.squeeze(1), zero, bias, False
+        )
+    values = layer.dense_weight().float()
+    scale = (values.abs().amax(1) / _TOP).clamp_min(1e-38)
+    levels = (values / scale[:, None]).round_()
+    high = ((levels + _BYTE // 2) / _BYTE).floor_()
+    codes = torch.cat([high, levels - high * _BYTE]).to(torch.int8)
+    return _Digits(prepare_fbgemm(codes, input_bits=_BITS), scale, None, bias, True)
 
 
 def _takes_digits(layer: Any, x: Tensor) -> bool:
     spec = layer.spec
-    if not isinstance(layer, nn.Linear) or spec["act"] is not None or spec["group_size"] is not None:
+    if not isinstance(layer, nn.Linear) or spec["act"] is not None or x.dtype == torch.float64:
         return False
-    runs = x.device.type == "cpu" and has_fbgemm() and x.dtype != torch.float64
+    runs = x.device.type == "cpu" and layer.like.dtype != torch.float64 and has_fbgemm()
     return runs and layer.in_features <= LONGEST_SUM
-
-
-_PACKED_GROUPS = (32, 64, 128, 256)  # of torch's product with 4-bit weights
-
-
-def _takes_four_bits(layer: Any, x: Tensor) -> bool:
-    spec = layer.spec
-    if not isinstance(layer, nn.Linear) or spec["act"] is not None or spec["group_size"] not in _PACKED_GROUPS:
-        return False
-    known = has_int4_product() and x.device.type == "cpu"
-    return bool(known and spec["bits"] <= 4 and layer.out_features % 16 == 0 and x.dtype != torch.float64)
-
-
-def _for_four_bits(layer: Any) -> Any:
-    """Codes 0..15, with the scales in bfloat16; zero points are kept exactly, beside them."""
-    codes = layer.ready()["codes"].to(torch.int32) + 8
-    packed = int4_weight(codes)
-    scale = layer.scale.bfloat16()
-    scales = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous()  # (groups, out, 2)
-    shift = None if layer.zero is None else (scale.float() * layer.zero.float()).t().contiguous()
-    return packed, scales, shift
-
-
-def _four_bits(layer: Any, x: Tensor, weight: Any) -> Tensor:
-    packed, scales, shift = weight
-    rows, group = x.reshape(-1, x.shape[-1]), layer.spec["group_size"]
-    y = int4_product(rows.bfloat16(), packed, group, scales).float()
-    if shift is not None:
-        y = y.sub_(rows.float().unflatten(1, (-1, group)).sum(2) @ shift)
-    return (y if layer.bias is None else y.add_(layer.bias.float())).reshape(*x.shape[:-1], -1)
 
 
 # -- the weight in floating point ------------------------------------------------------------------------------------
@@ -251,8 +239,7 @@ KERNELS = (
         lambda layer, x, _: convolution(layer, x),
         integer=True,
     ),
-    Kernel("inputs in three digits, fbgemm", _takes_digits, _for_digits, _digits, error=1e-5),
-    Kernel("4-bit weights in bfloat16", _takes_four_bits, _for_four_bits, _four_bits, error=4e-3),
+    Kernel("inputs in three digits, fbgemm", _takes_digits, _for_digits, _digits, error=2e-4),
     Kernel("weights in floating point", lambda layer, x: True, lambda layer: layer.dense_weight(), _floating),
 )
 
