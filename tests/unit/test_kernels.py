@@ -1,11 +1,16 @@
 """The kernels of deployed layers: exact against int64 on the worst codes, chosen by time, never a second time."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
-from pquant_lightning import compress_model
+from pquant_lightning import compress_model, save_compressed
 from pquant_lightning.methods.quantization import _convolutions, _kernels, _products
 from pquant_lightning.methods.quantization._kernels import KERNELS, choose, prepared
 
@@ -179,3 +184,30 @@ def test_a_kernel_that_adds_an_error_must_be_clearly_faster(monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(_kernels.time, "perf_counter", lambda: float(next(clock)))  # all take the same time
     assert choose(layer, x).kernel.error == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reduce_range": False}, {"scheme": "dynamic", "reduce_range": False}], ids=str
+)
+def test_an_older_processor_computes_the_same(options, tmp_path):
+    """A file is run by a process that uses the instructions of a processor without AVX-512."""
+    net = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 32), nn.ReLU(), nn.Linear(32, 8))
+    x = torch.randn(4, 4, 8, 8)
+    model = compress_model(net, "ptq", train_loader=[x], min_saving=0.0, **options)
+    save_compressed(model, tmp_path / "net.safetensors")
+    save_file({"x": x, "y": model.eval()(x)}, tmp_path / "data.safetensors")
+    code = f"""
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from pquant_lightning import load_compressed
+net = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 32), nn.ReLU(), nn.Linear(32, 8))
+model, data = load_compressed(net, {str(tmp_path / "net.safetensors")!r}), load_file({str(tmp_path / "data.safetensors")!r})
+print(torch.backends.cpu.get_cpu_capability(), float((model(data["x"]) - data["y"]).abs().max()))
+"""
+    older = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, **older}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    capability, difference = result.stdout.split()
+    assert capability in ("AVX2", "DEFAULT")
+    assert float(difference) < 1e-5
