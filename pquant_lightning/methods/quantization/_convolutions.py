@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pquant_lightning.core.affine import Grid, affine_codes, top_code
-from pquant_lightning.methods.quantization._products import fits_pairs, two_parts
+from pquant_lightning.methods.quantization._products import fits_pairs, say_two_parts, two_parts
 
 HAS_CONV = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv2d_pointwise")  # x86
 
@@ -113,7 +113,9 @@ def _qconv2d(
     owner = codes if codes._base is None else codes._base
     packed = _PACKED.get(owner)
     if packed is None:
-        parts = list(two_parts(codes)) if needs_parts(codes) else [codes]
+        if halved := needs_parts(codes):
+            say_two_parts()
+        parts = list(two_parts(codes)) if halved else [codes]
         packed = _PACKED[owner] = _pack(codes, parts, scale, window)
     return _convolve(x, packed, scale, bias, x_scale, zero_point, window)
 

@@ -5,6 +5,7 @@ Processors without VNNI multiply unsigned by signed bytes and add neighbouring p
 parts that add up to them. Whether this machine's kernels saturate is found out by multiplying the worst case.
 """
 
+import logging
 import warnings
 from functools import cache
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pquant_lightning.core._private import fbgemm_engine, has_vnni, per_channel_tensor
 from pquant_lightning.core.affine import int_product
+
+log = logging.getLogger(__name__)
 
 _LARGEST_PAIR = 32767 // 255  # of weights of one sign, beside inputs of 255
 LONGEST_SUM = (2**31 - 1) // (255 * 127)  # inputs whose products fit into 32 bits, whatever the codes are
@@ -64,8 +67,19 @@ def two_parts(codes: Tensor) -> tuple[Tensor, Tensor]:
 
 def _exact_codes(codes: Tensor, saturates: bool) -> Tensor:
     """The codes `(out, in)`, or where the kernel would saturate both parts side by side, `(out, 2 in)`."""
-    exact = not saturates or fits_pairs(codes)
-    return codes.contiguous() if exact else torch.cat(two_parts(codes), 1)
+    if not saturates or fits_pairs(codes):
+        return codes.contiguous()
+    say_two_parts()
+    return torch.cat(two_parts(codes), 1)
+
+
+@cache
+def say_two_parts() -> None:
+    """Says, once in a process, that sums are exact here at about half of the speed."""
+    log.info(
+        "This processor has no VNNI: 8-bit weights that use all their codes are multiplied in two parts, exactly, at "
+        "about half of the speed. Weights quantized with reduce_range=True, the default, take one."
+    )
 
 
 def _twice(levels: Tensor, weight: Prepared) -> Tensor:
