@@ -244,6 +244,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="PATH", help="a file; a directory for some formats")
     parser.add_argument("--dynamic_axes", metavar="YAML", help="e.g. '{input_ids: {0: batch, 1: tokens}}'")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--target", metavar="NAME", help="processors that an ONNX file is for: any (default), or vnni")
     parser.add_argument("--no_verify", action="store_true", help="do not open the file again and compare")
 
 

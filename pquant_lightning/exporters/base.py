@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy
 import torch
@@ -41,6 +41,7 @@ class ExportResult:
         integer_weights: whether weights are integers in the file.
         inputs: names of the tensors that go in.
         outputs: names of the tensors that come out.
+        target: the processors that the file is made for, "any" or "vnni"; None where the format has no such choice.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class ExportResult:
     integer_weights: bool
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    target: str | None = None
 
     def __str__(self) -> str:
         error = "" if self.max_error is None else f", largest error {self.max_error:.1e}"
@@ -70,6 +72,17 @@ class Exporter(ABC):
     bits: ClassVar[dict[int, str]] = {}  # bits of weights that the format can hold, and how
     rounds_inputs: ClassVar[bool] = False  # its runtime rounds the inputs of layers with integer weights by itself
     least_integers: ClassVar[int] = 0  # weights of fewer values stay in floating point
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {}  # options of this format alone, and their values; first: default
+
+    @classmethod
+    def chosen(cls, **given: Any) -> Self:
+        """An exporter with these choices, by name, all of which are in `choices`."""
+        assert not given
+        return cls()
+
+    def described(self) -> dict[str, Any]:
+        """The choices of this exporter, as `ExportResult` has them."""
+        return {}
 
     def check_installed(self) -> None:
         """Checks that the packages are there.

@@ -9,7 +9,7 @@ from torch import nn
 from pquant_lightning.backends.lowering.trace import Axes, trace
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.deploy import dense_form
-from pquant_lightning.core.errors import OptionError
+from pquant_lightning.core.errors import OptionError, known
 from pquant_lightning.core.options import check_model
 from pquant_lightning.exporters.base import Exporter, ExportError, ExportResult, appearing, size_of
 from pquant_lightning.exporters.formats import choose_format
@@ -42,6 +42,7 @@ def export_model(
     dynamic_axes: Axes | None = None,
     verify: bool = True,
     overwrite: bool = False,
+    target: str | None = None,
 ) -> ExportResult:
     """Writes a model in a format that other runtimes read; the compression stays in it.
 
@@ -71,13 +72,18 @@ def export_model(
             `{"input_ids": {0: "batch", 1: "tokens"}}`. None leaves the batch open.
         verify: opens the artefact in its own runtime and compares it with the model, on two batch sizes.
         overwrite: replace what is at the path: a file, or the directory of an earlier export of this format.
+        target: of "onnx", the processors that the file is for. "any" (None means this, too) computes the same on all
+            of them: codes whose products saturate without VNNI are stored as unsigned ones, which takes a quarter
+            longer. "vnni" keeps them signed, which is right only on processors with VNNI. Weights that were quantized
+            with `reduce_range` (the default) never saturate, and are the same for both.
 
     Returns:
         What was written, and how far it is from the model.
 
     Raises:
         BackendUnavailable: the format's packages are not installed.
-        OptionError: there is no such format, or the ending of the path is that of another one.
+        OptionError: there is no such format or target, the format has no choice of target, or the ending of the path
+            is that of another format.
         ModelError: the model cannot be traced.
         UnsupportedOperationError: it has operations that the format has no counterpart for.
         ExportError: the path exists or cannot be written, the format has no type for the weights, or the artefact
@@ -93,7 +99,7 @@ def export_model(
     if not isinstance(path, str | os.PathLike):
         raise OptionError(f"export_model takes a path as text or pathlib.Path, got {path!r}.")
     format = choose_format(path, format)  # noqa: A001
-    exporter, path = EXPORTERS[format], Path(path)
+    exporter, path = chosen_exporter(format, target=target), Path(path)
     exporter.check_installed()
     if path.exists() and not overwrite:
         raise ExportError(f"{path} exists; choose another path, or give overwrite=True.")
@@ -109,7 +115,28 @@ def export_model(
         error = compare(exporter, temporary, traced) if verify else None
     size = size_of(path)
     ratio = size / max(_float32_bytes(model), 1)
-    return ExportResult(path, format, size, ratio, error, integers, traced.inputs, traced.outputs)
+    return ExportResult(
+        path, format, size, ratio, error, integers, traced.inputs, traced.outputs, **exporter.described()
+    )
+
+
+def chosen_exporter(format: str, **given: Any) -> Exporter:  # noqa: A002
+    """The exporter of a format with what was chosen; None chooses nothing.
+
+    Raises:
+        OptionError: the format has no such choice, or no such value.
+
+    >>> chosen_exporter("onnx", target="vnni").described()["target"]
+    'vnni'
+    """
+    exporter, wanted = EXPORTERS[format], {name: value for name, value in given.items() if value is not None}
+    for name, value in wanted.items():
+        if name not in exporter.choices:
+            having = ", ".join(repr(other) for other, found in EXPORTERS.items() if name in found.choices)
+            raise OptionError(f"{name}={value!r} is a choice of {having}; {format!r} has none. Leave it out.")
+        if value not in exporter.choices[name]:
+            raise OptionError(f"There is no {name} {value!r}. {known(value, map(str, exporter.choices[name]))}")
+    return exporter.chosen(**wanted) if wanted else exporter
 
 
 def _check_bits(exporter: Exporter, format: str, model: nn.Module) -> None:  # noqa: A002

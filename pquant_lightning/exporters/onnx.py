@@ -1,8 +1,8 @@
 """`.onnx` for onnxruntime: integer layers as operations that it computes in integers."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from pquant_lightning.backends.lowering.trace import Traced, quietly, with_tenso
 from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.errors import ModelError
 from pquant_lightning.exporters._onnx_graph import arrange
-from pquant_lightning.exporters._onnx_layers import with_onnx_layers
+from pquant_lightning.exporters._onnx_layers import OnnxForm, with_onnx_layers
 from pquant_lightning.exporters.base import Exporter, Run
 
 _MOST_FOLDED = 64  # values of constants that are computed with beforehand: sizes are, integer weights are not
@@ -28,8 +28,20 @@ class OnnxExporter(Exporter):
     least_integers = _MOST_FOLDED + 1
     bits: ClassVar[dict[int, str]] = {8: "int8", 4: "MatMulNBits"} | dict.fromkeys((2, 3, 5, 6, 7), "packed")
 
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {"target": ("any", "vnni")}
+
+    def __init__(self, **given: Any) -> None:
+        self.form = OnnxForm(**given)
+
+    @classmethod
+    def chosen(cls, **given: Any) -> Self:
+        return cls(**given)
+
+    def described(self) -> dict[str, Any]:
+        return asdict(self.form)
+
     def twin(self, model: nn.Module) -> nn.Module:
-        twin = with_onnx_layers(model)
+        twin = with_onnx_layers(model, self.form)
         return deep_copy(twin).float() if _brain_floats(model) else twin
 
     def write(self, traced: Traced, path: Path) -> None:

@@ -374,6 +374,7 @@ def failing(capsys: Any, *arguments: str) -> tuple[Any, str]:
         (["report", *MODEL, "--compressed", "x", "--output", "page.pdf"], 2, "ends in .html, .md, .json"),
         (["export", *MODEL, "--output", "a.pt2", "--format", "onnx"], 2, "'a.pt2' is that of 'pt2'"),
         (["export", *MODEL, "--output", "a.onnx", "--format", "openvino"], 2, "OpenVINO reads ONNX"),
+        (["export", *MODEL, *DATA, "--output", "a.onnx", "--target", "arm"], 2, "no target 'arm'"),
         (["fit", *MODEL, "--trainer.max_epochz=1"], 2, "Did you mean 'max_epochs'"),
         (["fit", *MODEL, *DATA, "--trainer.callbacks+=LowRankCallback", "--trainer.callbacks.rank=0"], 2, "rank"),
     ],
@@ -441,5 +442,7 @@ def test_export(kind: str, dense: Path, capsys: Any) -> None:
     assert Path(data["path"]).stat().st_size == data["size_bytes"]
     assert data["max_error"] < 1e-5
     assert failing(capsys, "export", *given)[0] == 1
+    if kind == "onnx":
+        assert as_json(capsys, "export", *given, "--overwrite", "--target", "vnni")["target"] == "vnni"
     main(["export", *given, "--overwrite", "--dynamic_axes", "{x: {0: samples}}", "--no_verify"])
     assert "float weights" in capsys.readouterr().out
