@@ -26,6 +26,7 @@ from pquant_lightning.callbacks._gradients import observe_step
 from pquant_lightning.callbacks._lightning import is_a
 from pquant_lightning.callbacks._monitors import reset_monitors, reset_would_matter
 from pquant_lightning.callbacks._optimizers import follow_resized, repair_optimizers
+from pquant_lightning.callbacks._second_fit import made_with, note_options, options_of, warn_of_other_options
 from pquant_lightning.core._private import averaged_models, launches_copies, resume_path, resume_switch
 from pquant_lightning.core.calibration import Samples, bind_batch, first_samples, run_samples
 from pquant_lightning.core.compiled import rename_to_plain, renamed_as_saved, unwrap
@@ -102,6 +103,7 @@ class _MethodCallback(Callback):
         self.artifact: Path | None = None
         self._state: dict[str, Any] = {}
         self._complete = False
+        self._made_with: dict[str, str] | None = None  # options of the fit that made the layers
         self._scratch = _Run()
 
     @property
@@ -111,10 +113,19 @@ class _MethodCallback(Callback):
         return f"{type(self).__name__}({self.method.name}{named})"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"version": 1, "method": self.method.name, "complete": self._complete, "state": self._state}
+        options = options_of(self.method)
+        return {
+            "version": 1,
+            "method": self.method.name,
+            "complete": self._complete,
+            "state": self._state,
+            "options": self._made_with or options,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state, self._complete = state_dict["state"], state_dict["complete"]
+        self._made_with = state_dict.get("options")  # files of version 0.1.0 have none
+        warn_of_other_options(self.state_key, self.method, self._made_with)
 
     # -- before training ---------------------------------------------------------------------------------------------
 
@@ -154,6 +165,8 @@ class _MethodCallback(Callback):
                 "trained. Fit the model in training form: load a checkpoint of the fit (.ckpt) instead of the artefact."
             )
         if own or self.method.applied_to(module, self._state, self.state_key):
+            self._made_with = made_with(module, self.state_key)
+            warn_of_other_options(self.state_key, self.method, self._made_with)
             return
         samples = _take_samples(trainer, module, self.method)
         self._state, self._complete = {}, False
@@ -182,6 +195,7 @@ class _MethodCallback(Callback):
                 callback.method.follow_split(module, callback._state, parts)
             if not self.method.acts_after_training:
                 self.method.calibrate(module, context)
+        self._made_with = note_options(module, self.state_key, self.method)
         self._scratch = _Run(errors=context.errors, skipped=plan.skipped, compressed=True)
         if trainer.strategy.restore_checkpoint_after_setup:  # sharded strategies do not synchronise the ranks
             for entry in plan.layers:

@@ -148,6 +148,11 @@ class CompressionMethod(ABC):  # noqa: B024 (the specification's own classes ove
         """The options as a plain dict; `type(self)(self.config)` makes an equal method."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
+    @property
+    def steering(self) -> frozenset[str]:
+        """Options that also act on a model that the method has changed in an earlier fit."""
+        return frozenset({"num_samples"})
+
     @functools.cached_property
     def name(self) -> str:
         """The first registry name of the class."""

@@ -347,6 +347,10 @@ class StructuredPruning(CompressionMethod):
         if gone and not any(group["removed"]):
             log.info("%s: %d units have left the model already; they stay away.", self.name, gone)
 
+    @property
+    def steering(self) -> frozenset[str]:
+        return frozenset({"schedule", "start", "end", "criterion", "reconstruct", "recalibrate", "num_samples", "seed"})
+
     def applied_to(self, model: nn.Module, state: dict[str, Any], by: str) -> bool:
         found = carrier_of(model)
         return found is not None and found[1].spec["group"]["by"] == by

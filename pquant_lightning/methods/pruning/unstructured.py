@@ -314,6 +314,11 @@ class UnstructuredPruning(CompressionMethod):
         for name in missed:
             del state["targets"][name]
 
+    @property
+    def steering(self) -> frozenset[str]:
+        when = {"schedule", "start", "end", "interval", "rewind"}
+        return frozenset({"sparsity", "criterion", "scope", "num_samples", "seed", *when})
+
     def applied_to(self, model: nn.Module, state: dict[str, Any], by: str) -> bool:
         parameters = dict(model.named_parameters())
         if not state:

@@ -160,6 +160,11 @@ class PTQCompression(QuantizationMethod):
             raise OptionError("PTQCompression: scheme='static' measures inputs, so num_samples is at least 1, got 0.")
 
     @property
+    def steering(self) -> frozenset[str]:  # what the calibration at the end of each fit does
+        rounding = {"data_aware", "act_order", "damping", "max_statistics_bytes"}
+        return frozenset({"num_samples", "observer", "equalize", "smooth", "keep_if", *rounding})
+
+    @property
     def needs_samples(self) -> bool:
         asked = bool(self.data_aware) or self.rounding in _WITH_DATA or self.equalize or self.smooth is not None
         asked = asked or self.keep_if is not None
