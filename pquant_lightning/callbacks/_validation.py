@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from pquant_lightning.callbacks._lightning import OTHER, OURS, fitting, is_a
@@ -40,6 +41,24 @@ def validated(trainer: Trainer, module: LightningModule, monitor: str) -> float:
     )
     check_logged(monitor, metrics)
     return metrics[monitor]
+
+
+def dense_metrics(trainer: Trainer, module: LightningModule) -> dict[str, float]:
+    """What the validation of a model logs before its fit; empty without validation data, or in several processes.
+
+    Neither the model nor the random numbers of the fit notice.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    smoke_test: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+    if trainer.world_size > 1 or smoke_test:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        loop.setup_data()
+        if not trainer.val_dataloaders:
+            return {}
+        options = {"limit_val_batches": trainer.limit_val_batches, "precision": trainer.precision}
+        place = {"accelerator": trainer.strategy.root_device.type, "default_root_dir": trainer.default_root_dir}
+        return validation_metrics(detached(module), trainer.val_dataloaders, **options, **place)
 
 
 def validation_metrics(module: Any, data: Any, **options: Any) -> dict[str, float]:

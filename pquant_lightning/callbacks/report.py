@@ -9,8 +9,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from pquant_lightning.callbacks.base import _ours
+from pquant_lightning.callbacks._validation import dense_metrics
+from pquant_lightning.callbacks.base import BeforeCompression, _ours
+from pquant_lightning.core._private import resume_path
 from pquant_lightning.core.calibration import bind_batch, first_samples
+from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.deploy import dense_form, deploy
 from pquant_lightning.core.errors import CallbackOrderError, PQuantError
@@ -27,13 +30,15 @@ _MOST_CURVES = 6
 _BATCH = 32  # samples that models are timed on, or as many as a batch has
 
 
-class CompressionReportCallback(Callback):
+class CompressionReportCallback(BeforeCompression, Callback):
     """Writes `compression_report.html`, `.md` and `.json` at the end of a fit, beside the artefact.
 
     The page says in a sentence what was reached, and shows the layers, what was left alone and why, the metrics over
-    training with the moments of compression, the configuration, and how to load the model. It needs no network. Where
-    the module has an `example_input_array`, the deployed model is timed against an uncompressed one of the same
-    structure. The figures also go to the Trainer's loggers as `pquant/final_*`. It may stand anywhere in the list.
+    training with the moments of compression, the configuration, and how to load the model. It needs no network. The
+    uncompressed model is validated before anything is compressed, to compare with; in one process, and where there are
+    validation data. Where the module has an `example_input_array`, the deployed model is timed against an uncompressed
+    one of the same structure. The figures also go to the Trainer's loggers as `pquant/final_*`. It may stand anywhere
+    in the list.
 
     Args:
         dirpath: where to write; None: the run's directory.
@@ -51,13 +56,15 @@ class CompressionReportCallback(Callback):
         self._curves: dict[str, list[tuple[float, float]]] = {}
         self._moments: dict[str, float] = {}
         self._complete: set[str] = set()
+        self._dense: dict[str, float] = {}  # what the validation of the uncompressed model logs
 
     def state_dict(self) -> dict[str, Any]:
-        return {"curves": self._curves, "moments": self._moments}
+        return {"curves": self._curves, "moments": self._moments, "dense": self._dense}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._curves = {name: [(x, y) for x, y in pairs] for name, pairs in state_dict["curves"].items()}
         self._moments = state_dict["moments"]
+        self._dense = state_dict.get("dense", {})  # checkpoints of version 0.1.0 have none
         self._complete = set(self._moments)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -66,6 +73,11 @@ class CompressionReportCallback(Callback):
                 "CompressionReportCallback reports what compression callbacks do, and there is none in the list. Add "
                 "one, e.g. callbacks=[QATCallback(), CompressionReportCallback()]."
             )
+
+    def before_compression(self, trainer: Trainer, module: LightningModule) -> None:
+        """Validates the uncompressed model, to have something to compare with."""
+        whole = resume_path(trainer) is None and not compressed_layers(module)
+        self._dense = dense_metrics(trainer, module) if whole else {}
 
     # -- during training -----------------------------------------------------------------------------------------------
 
@@ -123,7 +135,7 @@ class CompressionReportCallback(Callback):
         figures, note = _figures(self._curves, self._moments, report)
         metrics = [*_latency(trainer, module), *_sizes(report)]
         metrics += [
-            Metric(name, pairs[0][1] if len(pairs) > 1 else None, pairs[-1][1], "first and last epoch", "val" in name)
+            Metric(name, self._dense.get(name), pairs[-1][1], "uncompressed, and at the end", name in self._dense)
             for name, pairs in list(self._curves.items())[:_MOST_CURVES]
         ]
         name = type(module).__name__

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from pquant_lightning import (
@@ -107,6 +108,21 @@ def test_a_fit_writes_the_page_beside_the_artefact(tmp_path: Path) -> None:
     assert "load_compressed(MLP, " in read.commands["Load it"]
     assert [figure.svg.count("<svg") for figure in read.figures] == [1, 1]
     assert "4.0" not in read.summary or read.summary.startswith("MLP is ")
+
+
+def test_the_metric_before_is_that_of_the_uncompressed_model(tmp_path: Path) -> None:
+    """Against a validation of the same model by Lightning alone; and the fit is as it would be without the page."""
+    dense = quiet_trainer(tmp_path).validate(built(MLP), MLP.loader(seed=1), verbose=False)[0]["val_loss"]
+    torch.manual_seed(0)
+    alone = fit(quiet_trainer(tmp_path / "alone", [LowRankCallback(rank=1)], max_epochs=3), built(MLP))
+    torch.manual_seed(0)
+    _, trainer = run(tmp_path, [LowRankCallback(rank=1)])
+    read = ReportPage.from_json((tmp_path / "compression_report.json").read_text())
+    metric = next(metric for metric in read.metrics if metric.name == "val_loss")
+    assert metric.before == pytest.approx(dense, rel=1e-5)
+    assert metric.after == pytest.approx(float(trainer.callback_metrics["val_loss"]))
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(tensor, trainer.lightning_module.state_dict()[name])
 
 
 def test_the_moment_of_a_schedule_is_when_it_is_complete(tmp_path: Path) -> None:
