@@ -1,4 +1,8 @@
-"""Twins of integer layers that onnxruntime has kernels for; they are only traced, never run in PyTorch."""
+"""Twins of integer layers that onnxruntime has kernels for.
+
+Traced, they give its operations (`written`). Run in PyTorch, they give what these operations are to compute
+(`expected`), from the values of the layer that they stand for.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pquant_lightning.core.affine import dequantize
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.deploy import share_copy
 from pquant_lightning.core.surgery import replace_layer
@@ -128,8 +133,20 @@ class _Twin(nn.Module):
         self.layer = layer  # last, as from here on its attributes are found, too
 
     def hold(self, layer: Any, form: OnnxForm) -> None:
-        """Takes over what the forward needs."""
+        """Takes over what is written."""
         raise NotImplementedError
+
+    def written(self, x: Tensor, *args: Any) -> Tensor:
+        """The output as operations of the file."""
+        raise NotImplementedError
+
+    def expected(self, x: Tensor, *args: Any) -> Tensor:
+        """The output as the file is to have it, where its grids are not those of the layer."""
+        result: Tensor = self.layer(x, *args)
+        return result
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        return self.written(x, *args) if torch.compiler.is_exporting() or not x.numel() else self.expected(x, *args)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -153,8 +170,11 @@ class DynamicLinear(_Twin):
         self.register_buffer("bias", layer.bias)
         self.out = layer.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def written(self, x: Tensor, *args: Any) -> Tensor:
         return _operation("DynamicQuantizeMatMul", x, self.codes, self.scale, self.zero, self.bias, out=self.out)
+
+    def expected(self, x: Tensor, *args: Any) -> Tensor:
+        return _computed(self.layer, _whole_grid(x))
 
 
 class StaticLinear(DynamicLinear):
@@ -169,12 +189,15 @@ class StaticLinear(DynamicLinear):
         self.register_buffer("act_scale", scale.clone())
         self.register_buffer("act_zero", zero.to(torch.uint8))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def written(self, x: Tensor, *args: Any) -> Tensor:
         quantize: Callable[..., Any] = torch.onnx.ops.symbolic
         grid = (self.act_scale, self.act_zero)
         codes = quantize("::QuantizeLinear", (x, *grid), {}, dtype=torch.uint8, shape=x.shape, version=18)
         weights = (self.codes, self.act_scale, self.scale, self.act_zero, self.zero, self.bias)
         return _operation("MatMulIntegerToFloat", codes, *weights, out=self.out)
+
+    def expected(self, x: Tensor, *args: Any) -> Tensor:
+        return _Twin.expected(self, x, *args)
 
 
 class PackedLinear(_Twin):
@@ -207,7 +230,7 @@ class PackedLinear(_Twin):
         self.register_buffer("bias", layer.bias)
         self.inputs, self.out = inputs, outputs
 
-    def forward(self, x: Tensor) -> Tensor:
+    def written(self, x: Tensor, *args: Any) -> Tensor:
         sizes = {"K": self.inputs, "N": self.out, "bits": 4, "block_size": self.block}
         y = _operation("MatMulNBits", x, self.codes, self.scale, self.zero, None, self.bias, out=self.out, **sizes)
         return y if self.rest is None else y + x.unflatten(-1, (-1, self.block)).sum(-1) @ self.rest
@@ -221,9 +244,16 @@ def _nibbles(levels: Tensor) -> Tensor:
 
 
 class QuantizedConv(_Twin):
-    """A convolution between grids of its input and its output, which onnxruntime fuses to QLinearConv."""
+    """A convolution between grids of its input and its output, which onnxruntime fuses to QLinearConv.
+
+    Attributes:
+        rounds_output: whether the graph still has the rounding of its output.
+    """
+
+    rounds_output: bool
 
     def hold(self, layer: Any, form: OnnxForm) -> None:
+        self.rounds_output = True
         codes, offset = _multiplied(layer.codes, form)
         scale, zero = layer.act_grid
         both = layer.scale.squeeze(1) * scale
@@ -244,7 +274,7 @@ class QuantizedConv(_Twin):
         }.items():
             self.register_buffer(name, tensor)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def written(self, x: Tensor, *args: Any) -> Tensor:
         x = _on_grid(x, self.act_scale, self.act_zero)
         weight = _dequantized(self.codes, self.scale, self.offset, axis=0)
         y = self.layer.compute(x, weight, _dequantized(self.bias, self.bias_scale, None, axis=0))
@@ -254,11 +284,16 @@ class QuantizedConv(_Twin):
 class FloatConv(_Twin):
     """A convolution in floating point, of 8-bit weights: to round its inputs would only cost time."""
 
+    rounds_inputs = False
+
     def hold(self, layer: Any, form: OnnxForm) -> None:
         """Nothing: onnxruntime multiplies the layer's codes by their scales when it loads the file."""
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
+    def written(self, x: Tensor, *args: Any) -> Tensor:
         return self.layer.compute(x, self.layer.dense_weight(), self.layer.bias, *args)
+
+    def expected(self, x: Tensor, *args: Any) -> Tensor:
+        return _computed(self.layer, x, *args)
 
 
 class DynamicConv(_Twin):
@@ -281,9 +316,9 @@ class DynamicConv(_Twin):
         self.padding = padding_of(layer)
         self.windows = list(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def written(self, x: Tensor, *args: Any) -> Tensor:
         if x.dim() == len(self.windows) + 1:
-            return self(x[None])[0]
+            return self.written(x[None])[0]
         symbolic: Any = torch.onnx.ops.symbolic_multi_out
         kinds, shapes = (torch.uint8, torch.float32, torch.uint8), (x.shape, (), ())
         codes, scale, zero = symbolic("::DynamicQuantizeLinear", (x,), {}, dtypes=kinds, shapes=shapes, version=11)
@@ -297,6 +332,9 @@ class DynamicConv(_Twin):
         factors = (self.codes, scale, self.scale, zero, self.zero, self.bias)
         y = _operation("MatMulIntegerToFloat", rows, *factors, out=self.out)
         return y.transpose(1, 2).unflatten(2, sizes)
+
+    def expected(self, x: Tensor, *args: Any) -> Tensor:
+        return _computed(self.layer, _whole_grid(x))
 
     def _padded(self, codes: Tensor, zero: Tensor) -> Tensor:
         symbolic: Any = torch.onnx.ops.symbolic
@@ -313,6 +351,22 @@ class DynamicConv(_Twin):
             offsets = (offsets[:, None] * size + torch.arange(kernel) * dilation).flatten()
             counts.append(count)
         return (starts[:, None] + offsets).flatten(), counts
+
+
+def _whole_grid(x: Tensor) -> Tensor:
+    """Inputs as DynamicQuantizeLinear rounds them: on one grid of 8 bits for all of them, which holds zero."""
+    low, high = x.min().clamp_max(0.0), x.max().clamp_min(0.0)
+    scale = ((high - low) / 255).clamp_min(1e-30)
+    zero = (-low / scale).round()
+    return ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
+
+
+def _computed(layer: Any, x: Tensor, *args: Any) -> Tensor:
+    """A layer's weights and bias beside given inputs, in float64."""
+    weight = dequantize(layer.weight_codes().double(), layer.scale.double(), layer.axis, layer.zero)
+    bias = None if layer.bias is None else layer.bias.double()
+    result: Tensor = layer.compute(x.double(), weight, bias, *args).to(x.dtype)
+    return result
 
 
 def _on_grid(x: Tensor, scale: Any, zero: Any) -> Tensor:

@@ -42,6 +42,7 @@ class ExportResult:
         inputs: names of the tensors that go in.
         outputs: names of the tensors that come out.
         target: the processors that the file is made for, "any" or "vnni"; None where the format has no such choice.
+        rms_error: root mean square of the differences in `max_error`, relative to that of the outputs.
     """
 
     path: Path
@@ -53,9 +54,12 @@ class ExportResult:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     target: str | None = None
+    rms_error: float | None = None
 
     def __str__(self) -> str:
         error = "" if self.max_error is None else f", largest error {self.max_error:.1e}"
+        if self.rms_error:
+            error += f" ({self.rms_error:.1e} rms)"
         kind = "integer" if self.integer_weights else "float"
         size = f"{self.size_bytes:,} bytes ({self.ratio:.1%} of float32)"
         return f"{self.path}: {self.format}, {size}, {kind} weights{error}"
@@ -96,6 +100,10 @@ class Exporter(ABC):
     def twin(self, model: nn.Module) -> nn.Module:
         """What is traced in the place of a finalized model; the model itself is not changed."""
         return model
+
+    def reference(self, traced: Traced, path: Path) -> nn.Module:
+        """What an artefact is to compute, as a module: the model, or one with the grids that the format has."""
+        return traced.model
 
     @abstractmethod
     def write(self, traced: Traced, path: Path) -> None:

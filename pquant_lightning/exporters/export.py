@@ -112,12 +112,12 @@ def export_model(
     with appearing(path, exporter.is_directory) as temporary:
         exporter.write(traced, temporary)
         integers = check_integers(exporter, temporary, traced)
-        error = compare(exporter, temporary, traced) if verify else None
+        found = compare(exporter, temporary, traced) if verify else None
     size = size_of(path)
     ratio = size / max(_float32_bytes(model), 1)
-    return ExportResult(
-        path, format, size, ratio, error, integers, traced.inputs, traced.outputs, **exporter.described()
-    )
+    largest, rms = (None, None) if found is None else (found.largest, found.rms)
+    names = (traced.inputs, traced.outputs)
+    return ExportResult(path, format, size, ratio, largest, integers, *names, rms_error=rms, **exporter.described())
 
 
 def chosen_exporter(format: str, **given: Any) -> Exporter:  # noqa: A002

@@ -12,7 +12,7 @@ from pquant_lightning.backends.lowering.trace import Traced, quietly, with_tenso
 from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.errors import ModelError
 from pquant_lightning.exporters._onnx_graph import arrange
-from pquant_lightning.exporters._onnx_layers import OnnxForm, with_onnx_layers
+from pquant_lightning.exporters._onnx_layers import OnnxForm, QuantizedConv, with_onnx_layers
 from pquant_lightning.exporters.base import Exporter, Run
 
 _MOST_FOLDED = 64  # values of constants that are computed with beforehand: sizes are, integer weights are not
@@ -43,6 +43,15 @@ class OnnxExporter(Exporter):
     def twin(self, model: nn.Module) -> nn.Module:
         twin = with_onnx_layers(model, self.form)
         return deep_copy(twin).float() if _brain_floats(model) else twin
+
+    def reference(self, traced: Traced, path: Path) -> nn.Module:
+        if _brain_floats(traced.model):
+            return traced.model
+        stored = self.weight_types(path)
+        for name, module in traced.traced.named_modules():
+            if isinstance(module, QuantizedConv):
+                module.rounds_output = f"{name}.out_scale" in stored
+        return traced.traced
 
     def write(self, traced: Traced, path: Path) -> None:
         onnx = require("onnx", "onnx")

@@ -1,7 +1,7 @@
 """Whether an artefact computes what the model does, and holds integers where the model has them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -11,45 +11,99 @@ from pquant_lightning.backends.base import as_numpy
 from pquant_lightning.backends.lowering.trace import Traced
 from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.deploy import stored_bytes
+from pquant_lightning.exporters._noise import moved_values, rounding_layers
 from pquant_lightning.exporters.base import Exporter, ExportError
 
 FLOAT_TOLERANCE = 1e-4  # relative to the largest output
 HALF_TOLERANCE = 3e-2  # of 16-bit floats
-ROUNDED_TOLERANCE = 1e-1  # where inputs of layers are rounded: values beside a step may fall on its other side
+GRID_TOLERANCE = 1e-1  # of a format that has other grids than the model: one for a whole input, not for each row of it
+_TRIALS = 3
+_MARGIN = 2  # between what rounding does in a trial, and what it may do
 
 
-def compare(exporter: Exporter, path: Path, traced: Traced) -> float:
-    """The largest difference relative to the largest output, over a batch of one and a larger one.
+class Difference(NamedTuple):
+    """Of an artefact to the model in PyTorch.
+
+    Attributes:
+        largest: of all outputs, relative to the largest output.
+        rms: root mean square, relative to the outputs' own.
+        explained: the root mean square that rounding explains; None where nothing is rounded.
+    """
+
+    largest: float
+    rms: float
+    explained: float | None = None
+
+
+def compare(exporter: Exporter, path: Path, traced: Traced) -> Difference:
+    """The largest differences to a model, over a batch of one and a larger one.
+
+    A model of floats is compared by its largest difference. Where inputs of layers are rounded, the root mean square
+    of the differences to what the format is to compute may be twice that of a trial, in which values change sides.
 
     Raises:
         ExportError: it is larger than the numbers explain.
     """
-    run, limit, worst = exporter.open(path, traced), tolerance(exporter, traced.model), 0.0
-    for inputs in other_inputs(traced):
-        expected = traced.run(inputs)
-        values = [tensor for tensor in expected if tensor.numel()]
+    run, batches = exporter.open(path, traced), other_inputs(traced)
+    rounds = bool(rounding_layers(traced.model, exporter.rounds_inputs))
+    own, floor = [traced.run(inputs) for inputs in batches], float_tolerance(traced.model)
+    for outputs in own:
+        values = [tensor for tensor in outputs if tensor.numel()]
         if values and all(bool(tensor.isnan().all()) for tensor in values):
             raise ExportError("The model gives nothing but NaN on the example inputs; look at its weights.")
-        found = run(inputs)
-        for name, ours, theirs in zip(traced.outputs, expected, found, strict=True):
-            error = _difference(as_numpy(ours), numpy.asarray(theirs), limit)
-            worst = max(worst, error)
-            if not error <= limit:
-                shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-                raise ExportError(
-                    f"The exported file computes something else: output {name!r} differs by {error:.1e} of its largest "
-                    f"value for inputs of {shapes}; {limit:.0e} would be explained by rounding. Nothing was written; "
-                    "verify=False writes it all the same."
-                )
-    return worst
+    limits, wanted = [[floor] * len(traced.outputs)] * len(batches), own
+    if rounds:
+        reference = exporter.reference(traced, path)
+        wanted = own if reference is traced.model else [traced.run(inputs, reference) for inputs in batches]
+        trials = (_noise(exporter, reference, traced, *batch) for batch in zip(batches, wanted, strict=True))
+        limits = [[floor + _MARGIN * found for found in noise] for noise in trials]
+    largest, worst_rms = 0.0, 0.0
+    for inputs, ours, expected, allowed in zip(batches, own, wanted, limits, strict=True):
+        theirs = [numpy.asarray(found) for found in run(inputs)]
+        for place, name in enumerate(traced.outputs):
+            value = as_numpy(ours[place])
+            far = _difference(value, theirs[place], rounds)
+            off = _rms(as_numpy(expected[place]), theirs[place]) if rounds else far
+            largest, worst_rms = max(largest, far), max(worst_rms, _rms(value, theirs[place]))
+            for error, limit in ((off, allowed[place]), (far, GRID_TOLERANCE if rounds else floor)):
+                if not error <= limit:
+                    raise ExportError(_complaint(name, error, limit, inputs, rounds))
+    return Difference(largest, worst_rms, max(map(max, limits)) if rounds else None)
 
 
-def _difference(ours: Any, theirs: Any, limit: float) -> float:
+def _complaint(name: str, error: float, limit: float, inputs: list[Tensor], rounds: bool) -> str:
+    shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+    of = "size" if rounds and limit != GRID_TOLERANCE else "largest value"
+    return (
+        f"The exported file computes something else: output {name!r} differs by {error:.1e} of its {of} for inputs of "
+        f"{shapes}; {limit:.0e} would be explained by rounding. Nothing was written; verify=False writes it all the "
+        "same."
+    )
+
+
+def _noise(
+    exporter: Exporter, reference: nn.Module, traced: Traced, inputs: list[Tensor], expected: list[Tensor]
+) -> list[float]:
+    """For each output the root mean square that it moves by, relative to its own; of all trials the most."""
+    most = [0.0] * len(traced.outputs)
+    for seed in range(_TRIALS):
+        with moved_values(reference, seed, exporter.rounds_inputs):
+            found = traced.run(inputs, reference)
+        moves = (_rms(as_numpy(ours), as_numpy(moved)) for ours, moved in zip(expected, found, strict=True))
+        most = [max(pair) for pair in zip(most, moves, strict=True)]
+    return most
+
+
+def _is_float(values: Any) -> bool:
+    return numpy.issubdtype(values.dtype, numpy.floating) or values.dtype.name == "bfloat16"
+
+
+def _difference(ours: Any, theirs: Any, rounds: bool) -> float:
     if ours.shape != theirs.shape:
         return float("inf")
-    if not numpy.issubdtype(ours.dtype, numpy.floating) and ours.dtype.name != "bfloat16":
+    if not _is_float(ours):
         share = float(numpy.mean(ours != theirs)) if ours.size else 0.0
-        return 0.0 if limit > FLOAT_TOLERANCE else share  # a class may change where logits are rounded
+        return 0.0 if rounds else share  # a class may change where logits are rounded
     ours, theirs = ours.astype(numpy.float64), theirs.astype(numpy.float64)
     same = (ours == theirs) | (numpy.isnan(ours) & numpy.isnan(theirs))
     if same.all():
@@ -59,14 +113,25 @@ def _difference(ours: Any, theirs: Any, limit: float) -> float:
     return float(off.max() / scale) if numpy.isfinite(off).all() else float("inf")
 
 
-def tolerance(exporter: Exporter, model: nn.Module) -> float:
-    """How far an artefact may be from a model, relative to the largest output."""
-    quantized = [layer.spec for layer in compressed_layers(model).values() if "bits" in layer.spec]
-    if any(spec.get("act") or exporter.rounds_inputs for spec in quantized):
-        return ROUNDED_TOLERANCE
-    if any(t.dtype in (torch.float16, torch.bfloat16) for t in model.parameters()):
-        return HALF_TOLERANCE
-    return FLOAT_TOLERANCE
+def _rms(ours: Any, theirs: Any) -> float:
+    """Root mean square of the differences, relative to that of `ours`; 0 where these are no floats."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    if not _is_float(ours):
+        return 0.0
+    ours, theirs = ours.astype(numpy.float64), theirs.astype(numpy.float64)
+    differs = ~((ours == theirs) | (numpy.isnan(ours) & numpy.isnan(theirs)))
+    off = numpy.linalg.norm(ours[differs] - theirs[differs])
+    size = max(float(numpy.linalg.norm(ours[numpy.isfinite(ours)])), 1e-30)
+    return float(off / size) if numpy.isfinite(off) else float("inf")
+
+
+def float_tolerance(model: nn.Module) -> float:
+    """How far another order of sums may lead, by the model's type."""
+    kinds: set[torch.dtype] = {t.dtype for t in model.parameters()}
+    likes = (getattr(layer, "like", None) for layer in compressed_layers(model).values())
+    kinds |= {like.dtype for like in likes if isinstance(like, Tensor)}
+    return HALF_TOLERANCE if kinds & {torch.float16, torch.bfloat16} else FLOAT_TOLERANCE
 
 
 def other_inputs(traced: Traced) -> list[list[Tensor]]:

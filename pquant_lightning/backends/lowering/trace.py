@@ -100,11 +100,11 @@ class Traced:
         placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder" and node.users]
         return {target for node in placeholders if (target := specs[node.name]) is not None}
 
-    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """What the model gives for other tensors in the places of the example's."""
+    def run(self, inputs: Sequence[Tensor], model: nn.Module | None = None) -> list[Tensor]:
+        """What the model, or another in its place, gives for other tensors in the places of the example's."""
         args, kwargs = with_tensors((self.args, self.kwargs), inputs)
         with torch.no_grad():
-            return tensors_in(self.model(*args, **kwargs))
+            return tensors_in((model or self.model)(*args, **kwargs))
 
 
 def tensors_in(value: Any) -> list[Tensor]:
