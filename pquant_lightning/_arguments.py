@@ -245,6 +245,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dynamic_axes", metavar="YAML", help="e.g. '{input_ids: {0: batch, 1: tokens}}'")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.add_argument("--target", metavar="NAME", help="processors that an ONNX file is for: any (default), or vnni")
+    text = "of ONNX's few-bit products: 4 (default) rounds their inputs, 0 does not"
+    parser.add_argument("--accuracy_level", type=int, metavar="N", help=text)
     parser.add_argument("--no_verify", action="store_true", help="do not open the file again and compare")
 
 

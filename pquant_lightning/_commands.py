@@ -281,7 +281,7 @@ def _export(options: argparse.Namespace) -> tuple[str, Any]:
     model = target.model if compressed is None else load_compressed(target.fresh_model(), compressed)
     axes = None if options.dynamic_axes is None else yaml.safe_load(options.dynamic_axes)
     how = {"dynamic_axes": axes, "verify": not options.no_verify, "overwrite": options.overwrite}
-    how["target"] = options.target
+    how |= {"target": options.target, "accuracy_level": options.accuracy_level}
     result = export_model(model, example, options.output, options.format, **how)
     return str(result), {**asdict(result), "path": str(result.path)}
 

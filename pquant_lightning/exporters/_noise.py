@@ -60,9 +60,8 @@ def rounding_layers(model: nn.Module, rounds_inputs: bool = False) -> list[nn.Mo
         spec = getattr(module, "spec", None)
         if id(module) in inner or not isinstance(spec, dict) or "bits" not in spec:
             continue
-        if isinstance(module, nn.Embedding) or not (spec.get("act") or rounds_inputs):
-            continue
-        if getattr(module, "rounds_inputs", True):
+        rounds = getattr(module, "rounds_inputs", rounds_inputs or bool(spec.get("act")))
+        if rounds and not isinstance(module, nn.Embedding):
             found.append(module)
         inner |= {id(part) for part in module.modules()}
     return found
@@ -71,7 +70,7 @@ def rounding_layers(model: nn.Module, rounds_inputs: bool = False) -> list[nn.Mo
 def _moved(layer: Any, x: Tensor, generator: torch.Generator) -> Tensor:
     every = max(min(_ONE_IN, x.numel()), 1)
     places = torch.arange(int(torch.randint(every, (), generator=generator)), x.numel(), every)
-    levels = 2 ** layer.spec["act_bits"] - 1
+    levels = 2 ** min(layer.spec["act_bits"], 8) - 1
     static = layer.spec["act"] == "static"
     step = layer.act_grid[0] if static else (x.amax() - x.amin()).float() / levels if x.numel() else 0.0
     steps = torch.zeros(x.numel())

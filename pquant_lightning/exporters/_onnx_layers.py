@@ -31,7 +31,7 @@ _CONVS = (IntConv1d, IntConv2d, IntConv3d, IntConvTranspose1d, IntConvTranspose2
 _DOMAIN = "com.microsoft"
 _LEAST_CHANNELS, _LEAST_TERMS = 24, 64  # of a sum, from which on a product of patches is faster than a convolution
 _LARGEST_PAIR = 32767 // 255  # of weights of one sign, beside inputs of 255
-_LEAST_BLOCK, _WHOLE_ROW = 16, 128  # of MatMulNBits: a power of two from 16 on; what a row of one scale is cut into
+_LEAST_BLOCK, _LARGEST_BLOCK, _LEAST_BLOCK_OF_2_BITS = 16, 128, 32  # of MatMulNBits, powers of two
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,11 @@ class OnnxForm:
 
     Attributes:
         target: "any" multiplies bytes so that no processor saturates; "vnni" as is fastest on those with VNNI.
+        accuracy_level: of MatMulNBits. 4 rounds inputs to 8 bits by blocks; 0 leaves them, which is slow.
     """
 
     target: str = "any"
+    accuracy_level: int = 4
 
 
 def with_onnx_layers(model: nn.Module, form: OnnxForm) -> nn.Module:
@@ -65,9 +67,24 @@ def _twin_of(layer: IntLinear, form: OnnxForm) -> nn.Module | None:
         return None
     if spec["bits"] == 8 and spec["act_bits"] == 8 and layer.zero is None and layer.scale.shape[1] == 1:
         return StaticLinear(layer, form) if spec["act"] == "static" else DynamicLinear(layer, form)
-    if spec["bits"] == 4 and spec["act"] is None:
-        return PackedLinear(layer, form) if _block(layer) is not None else None
-    return None
+    return PackedLinear(layer, form) if spec["act"] is None and stored_bits(layer, form) else None
+
+
+def stored_bits(layer: nn.Module, form: OnnxForm) -> int | None:
+    """Bits in MatMulNBits, of a layer that becomes one: the next width for which there is a fast kernel.
+
+    Without rounded inputs there are fast kernels for 4 bits alone.
+    """
+    if not isinstance(layer, IntLinear) or layer.spec["act"] is not None or layer.like.dtype is not torch.float32:
+        return None
+    if (block := _block(layer)) is None:
+        return None
+    bits = layer.spec["bits"]
+    if form.accuracy_level == 0:
+        return bits if bits == 4 else None
+    if bits == 2 and block >= _LEAST_BLOCK_OF_2_BITS:
+        return 2
+    return 4 if bits <= 4 else 8
 
 
 def _conv_twin_of(layer: nn.Module, form: OnnxForm) -> nn.Module | None:
@@ -84,9 +101,10 @@ def _conv_twin_of(layer: nn.Module, form: OnnxForm) -> nn.Module | None:
 
 
 def _block(layer: IntLinear) -> int | None:
-    """Values per scale in MatMulNBits; None where the groups of the layer do not go into it."""
-    size, inputs = layer.spec["group_size"] or _WHOLE_ROW, layer.in_features
-    return size if size >= _LEAST_BLOCK and size & (size - 1) == 0 and inputs % size == 0 else None
+    """Values per scale in MatMulNBits, a power of two; None where the groups of the layer do not go into it."""
+    size = layer.spec["group_size"] or layer.in_features
+    block = min(size & -size, _LARGEST_BLOCK)
+    return block if block >= _LEAST_BLOCK and layer.in_features % size == 0 else None
 
 
 def fits_anywhere(codes: Tensor) -> bool:
@@ -201,7 +219,7 @@ class StaticLinear(DynamicLinear):
 
 
 class PackedLinear(_Twin):
-    """4-bit weights with a scale, and a zero point, for each block of inputs.
+    """Weights of 2 to 8 bits with a scale, and a zero point, for each block of inputs.
 
     Zero points are integers there. What a fractional one leaves is a term of the sums of the inputs over the blocks.
     """
@@ -213,17 +231,22 @@ class PackedLinear(_Twin):
 
     def hold(self, layer: IntLinear, form: OnnxForm) -> None:
         outputs, inputs = layer.shape
-        block = self.block = _block(layer) or _WHOLE_ROW
+        bits, block = stored_bits(layer, form), _block(layer)
+        assert bits is not None
+        assert block is not None
+        self.bits, self.block, self.level = bits, block, form.accuracy_level
+        self.rounds_inputs = form.accuracy_level == 4
         count = inputs // block
         per_group = count // layer.scale.shape[1]
-        levels = (layer.weight_codes().to(torch.int16) + 8).to(torch.uint8)  # 0..15
-        self.register_buffer("codes", _nibbles(levels).reshape(outputs, count, block // 2))
+        middle = 2 ** (bits - 1)
+        levels = (layer.weight_codes().to(torch.int16) + middle).to(torch.uint8)
+        self.register_buffer("codes", _packed(levels, bits).reshape(outputs, count, block * bits // 8))
         self.register_buffer("scale", layer.scale.repeat_interleave(per_group, 1).contiguous())
         zero, left = None, None
         if layer.zero is not None:
-            exact = (layer.zero.float() + 8).repeat_interleave(per_group, 1)
-            near = exact.round().clamp(0, 15)
-            zero = _nibbles(near.to(torch.uint8))
+            exact = (layer.zero.float() + middle).repeat_interleave(per_group, 1)
+            near = exact.round().clamp(0, 2 * middle - 1)
+            zero = _packed(near.to(torch.uint8), bits)
             left = None if torch.equal(near, exact) else ((near - exact) * self.scale).t().contiguous()
         self.register_buffer("zero", zero)
         self.register_buffer("rest", left)  # (blocks, out)
@@ -231,16 +254,27 @@ class PackedLinear(_Twin):
         self.inputs, self.out = inputs, outputs
 
     def written(self, x: Tensor, *args: Any) -> Tensor:
-        sizes = {"K": self.inputs, "N": self.out, "bits": 4, "block_size": self.block}
+        sizes = {"K": self.inputs, "N": self.out, "bits": self.bits, "block_size": self.block}
+        sizes |= {"accuracy_level": self.level} if self.level else {}
         y = _operation("MatMulNBits", x, self.codes, self.scale, self.zero, None, self.bias, out=self.out, **sizes)
         return y if self.rest is None else y + x.unflatten(-1, (-1, self.block)).sum(-1) @ self.rest
 
+    def expected(self, x: Tensor, *args: Any) -> Tensor:
+        if not self.rounds_inputs:
+            return super().expected(x)
+        values = x.unflatten(-1, (-1, self.block))
+        step = (values.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
+        return _computed(self.layer, ((values / step).round() * step).flatten(-2))
 
-def _nibbles(levels: Tensor) -> Tensor:
-    """uint8 values below 16, `(rows, n)`, as pairs in `(rows, ceil(n / 2))`, the first one in the low half."""
-    if levels.shape[1] % 2:
-        levels = nn.functional.pad(levels, (0, 1))
-    return (levels[:, 0::2] | (levels[:, 1::2] << 4)).contiguous()
+
+def _packed(levels: Tensor, bits: int) -> Tensor:
+    """uint8 values of 2, 4 or 8 bits, `(rows, n)`, packed into `(rows, ceil(n bits / 8))` bytes, the first lowest."""
+    each = 8 // bits
+    levels = nn.functional.pad(levels, (0, -levels.shape[1] % each))
+    packed = torch.zeros_like(levels[:, ::each])
+    for place in range(each):
+        packed |= levels[:, place::each] << (bits * place)
+    return packed.contiguous()
 
 
 class QuantizedConv(_Twin):

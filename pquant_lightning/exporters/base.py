@@ -4,8 +4,8 @@ import contextlib
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pquant_lightning.backends.base import as_numpy, require
 from pquant_lightning.backends.lowering.trace import Traced, tensors_in, with_tensors
-from pquant_lightning.core.errors import PQuantError
+from pquant_lightning.core.errors import PQuantError, named
 
 Run = Callable[[Sequence[Tensor]], list[numpy.ndarray[Any, Any]]]
 
@@ -43,6 +43,9 @@ class ExportResult:
         outputs: names of the tensors that come out.
         target: the processors that the file is made for, "any" or "vnni"; None where the format has no such choice.
         rms_error: root mean square of the differences in `max_error`, relative to that of the outputs.
+        rounding_error: the part of it that the format's own rounding of inputs costs, as `accuracy_level` allows it.
+        accuracy_level: of ONNX's `MatMulNBits`; None where the format has no such choice.
+        widened: layers whose weights take more bits in the file than they have, and how many.
     """
 
     path: Path
@@ -55,6 +58,9 @@ class ExportResult:
     outputs: tuple[str, ...] = ()
     target: str | None = None
     rms_error: float | None = None
+    rounding_error: float | None = None
+    accuracy_level: int | None = None
+    widened: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         error = "" if self.max_error is None else f", largest error {self.max_error:.1e}"
@@ -62,6 +68,10 @@ class ExportResult:
             error += f" ({self.rms_error:.1e} rms)"
         kind = "integer" if self.integer_weights else "float"
         size = f"{self.size_bytes:,} bytes ({self.ratio:.1%} of float32)"
+        if self.rounding_error:
+            error += f", {self.rounding_error:.1e} of it by rounding inputs"
+        if self.widened:
+            error += f"; {named(self.widened)} stored in more bits"
         return f"{self.path}: {self.format}, {size}, {kind} weights{error}"
 
 
@@ -84,8 +94,8 @@ class Exporter(ABC):
         assert not given
         return cls()
 
-    def described(self) -> dict[str, Any]:
-        """The choices of this exporter, as `ExportResult` has them."""
+    def described(self, model: nn.Module) -> dict[str, Any]:
+        """The choices of this exporter, and what they make of a finalized model, as `ExportResult` has them."""
         return {}
 
     def check_installed(self) -> None:

@@ -9,10 +9,11 @@ from torch import nn
 
 from pquant_lightning.backends.base import as_numpy, require
 from pquant_lightning.backends.lowering.trace import Traced, quietly, with_tensors
+from pquant_lightning.core.compressed_layer import compressed_layers
 from pquant_lightning.core.copying import deep_copy
 from pquant_lightning.core.errors import ModelError
 from pquant_lightning.exporters._onnx_graph import arrange
-from pquant_lightning.exporters._onnx_layers import OnnxForm, QuantizedConv, with_onnx_layers
+from pquant_lightning.exporters._onnx_layers import OnnxForm, QuantizedConv, stored_bits, with_onnx_layers
 from pquant_lightning.exporters.base import Exporter, Run
 
 _MOST_FOLDED = 64  # values of constants that are computed with beforehand: sizes are, integer weights are not
@@ -26,9 +27,9 @@ class OnnxExporter(Exporter):
     extra = "onnx"
     packages = ("onnx", "onnxscript", "onnxruntime")
     least_integers = _MOST_FOLDED + 1
-    bits: ClassVar[dict[int, str]] = {8: "int8", 4: "MatMulNBits"} | dict.fromkeys((2, 3, 5, 6, 7), "packed")
+    bits: ClassVar[dict[int, str]] = {8: "int8"} | dict.fromkeys(range(2, 8), "MatMulNBits")
 
-    choices: ClassVar[dict[str, tuple[Any, ...]]] = {"target": ("any", "vnni")}
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {"target": ("any", "vnni"), "accuracy_level": (4, 0)}
 
     def __init__(self, **given: Any) -> None:
         self.form = OnnxForm(**given)
@@ -37,8 +38,10 @@ class OnnxExporter(Exporter):
     def chosen(cls, **given: Any) -> Self:
         return cls(**given)
 
-    def described(self) -> dict[str, Any]:
-        return asdict(self.form)
+    def described(self, model: nn.Module) -> dict[str, Any]:
+        found = {name: (stored_bits(layer, self.form), layer) for name, layer in compressed_layers(model).items()}
+        widened = {name: bits for name, (bits, layer) in found.items() if bits and bits > layer.spec["bits"]}
+        return {**asdict(self.form), "widened": widened}
 
     def twin(self, model: nn.Module) -> nn.Module:
         twin = with_onnx_layers(model, self.form)

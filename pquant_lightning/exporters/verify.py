@@ -28,11 +28,13 @@ class Difference(NamedTuple):
         largest: of all outputs, relative to the largest output.
         rms: root mean square, relative to the outputs' own.
         explained: the root mean square that rounding explains; None where nothing is rounded.
+        rounding: the root mean square that the format's own grids make; None where it has none.
     """
 
     largest: float
     rms: float
     explained: float | None = None
+    rounding: float | None = None
 
 
 def compare(exporter: Exporter, path: Path, traced: Traced) -> Difference:
@@ -45,7 +47,8 @@ def compare(exporter: Exporter, path: Path, traced: Traced) -> Difference:
         ExportError: it is larger than the numbers explain.
     """
     run, batches = exporter.open(path, traced), other_inputs(traced)
-    rounds = bool(rounding_layers(traced.model, exporter.rounds_inputs))
+    reference = exporter.reference(traced, path)
+    rounds = any(rounding_layers(model, exporter.rounds_inputs) for model in (traced.model, reference))
     own, floor = [traced.run(inputs) for inputs in batches], float_tolerance(traced.model)
     for outputs in own:
         values = [tensor for tensor in outputs if tensor.numel()]
@@ -53,7 +56,6 @@ def compare(exporter: Exporter, path: Path, traced: Traced) -> Difference:
             raise ExportError("The model gives nothing but NaN on the example inputs; look at its weights.")
     limits, wanted = [[floor] * len(traced.outputs)] * len(batches), own
     if rounds:
-        reference = exporter.reference(traced, path)
         wanted = own if reference is traced.model else [traced.run(inputs, reference) for inputs in batches]
         trials = (_noise(exporter, reference, traced, *batch) for batch in zip(batches, wanted, strict=True))
         limits = [[floor + _MARGIN * found for found in noise] for noise in trials]
@@ -68,7 +70,11 @@ def compare(exporter: Exporter, path: Path, traced: Traced) -> Difference:
             for error, limit in ((off, allowed[place]), (far, GRID_TOLERANCE if rounds else floor)):
                 if not error <= limit:
                     raise ExportError(_complaint(name, error, limit, inputs, rounds))
-    return Difference(largest, worst_rms, max(map(max, limits)) if rounds else None)
+    rounding = None
+    if wanted is not own:
+        pairs = [pair for batch in zip(own, wanted, strict=True) for pair in zip(*batch, strict=True)]
+        rounding = max((_rms(as_numpy(ours), as_numpy(theirs)) for ours, theirs in pairs), default=0.0)
+    return Difference(largest, worst_rms, max(map(max, limits)) if rounds else None, rounding)
 
 
 def _complaint(name: str, error: float, limit: float, inputs: list[Tensor], rounds: bool) -> str:
