@@ -1,11 +1,13 @@
 """What exported files take and how fast they run: sizes by format, and int8 in onnxruntime against its own quantizers.
 
-    python examples/benchmarks/export.py [--only sizes speed] [--rounds 9] [--quick]
+    python examples/benchmarks/export.py [--only sizes speed few_bits runtimes] [--rounds 9] [--quick]
 
 sizes: bytes of a 4 x 1024 MLP in each format relative to its float32 parameters, and the largest error that
 `export_model` has measured. speed: our ONNX files of `compress_model(model, "ptq", ...)` in onnxruntime, one thread,
 against fp32 and against onnxruntime's `quantize_dynamic` and `quantize_static` (QDQ, a scale per channel, as ours) of
-the same model; medians of ratios, contenders in turns.
+the same model; medians of ratios, contenders in turns. few_bits: four layers of 2048 x 2048 of which only the weights
+are quantized, in onnxruntime. runtimes: times faster than fp32 in each format's own runtime, where below 1 is slower.
+The times are of the processor, all threads together; the first line says which processor it is.
 """
 
 import argparse
@@ -19,12 +21,14 @@ from typing import Any
 
 import onnxruntime
 import torch
-from common import linear_encoder, mlp, print_table, relative_times, resnet18
+from common import linear_encoder, machine, mlp, print_table, relative_times, resnet18
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
 from pquant_lightning import compress_model, export_model
+from pquant_lightning.backends.lowering.trace import trace
+from pquant_lightning.exporters.export import EXPORTERS
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "8 bit": {"scheme": "dynamic"},
@@ -42,10 +46,10 @@ MODELS = {
 }
 
 
-def wide() -> nn.Module:
+def wide(width: int = 1024) -> nn.Module:
     layers: list[nn.Module] = []
     for _ in range(4):
-        layers += [nn.Linear(1024, 1024), nn.ReLU()]
+        layers += [nn.Linear(width, width), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -156,22 +160,67 @@ def speed(folder: Path, rounds: int, quick: bool) -> Iterator[list[str]]:
             yield [title, str(batch), *figures]
 
 
+def few_bits(folder: Path, rounds: int, quick: bool) -> Iterator[list[str]]:
+    """One row per width: times faster than fp32 in onnxruntime by rows of inputs, bytes, and what rounding costs."""
+    yield ["weights", "M = 1", "M = 8", "M = 64", "bytes / float32", "rounding of inputs, rms"]
+    torch.manual_seed(0)
+    model, x = wide(2048).eval(), torch.randn(64, 2048)
+    plain = session(export_model(model, x[:2], folder / "wide.onnx", overwrite=True).path)
+    for bits in (4,) if quick else (8, 4, 3, 2):
+        given: dict[str, Any] = {"scheme": "weight_only", "bits": bits, "first_last_bits": bits, "group_size": 32}
+        small = compress_model(model, "ptq", **given)
+        result = export_model(small, x[:2], folder / f"{bits}.onnx", overwrite=True)
+        sessions, figures = {"float": plain, "few": session(result.path)}, []
+        for batch in (1, 8, 64):
+            runs = {k: partial(s.run, None, {s.get_inputs()[0].name: x[:batch].numpy()}) for k, s in sessions.items()}
+            figures.append(f"{1 / relative_times(runs, rounds)['few']:.2f}")
+        yield [f"{bits} bit, groups of 32", *figures, f"{result.ratio:.3f}", f"{result.rounding_error:.1e}"]
+
+
+def runtimes(folder: Path, rounds: int, quick: bool) -> Iterator[list[str]]:
+    """One row per runtime: times faster than the fp32 file of the same runtime."""
+    names = ["8 bit", "8 bit, static"]
+    yield ["runtime", *(f"{name}, batch {batch}" for batch in (1, 16) for name in names)]
+    torch.manual_seed(0)
+    model, x = wide().eval(), torch.randn(64, 1024)
+    small = {name: compress_model(model, "ptq", train_loader=[x], **SCHEMES[name]) for name in names}
+    for kind in ("tflite",) if quick else ("onnx", "tflite", "tensorflow", "jax"):
+        exporter, opened = EXPORTERS[kind], {}
+        for place, (name, net) in enumerate({"float": model, **small}.items()):
+            path = export_model(net, x[:2], folder / f"runtime{place}.{kind}", kind, verify=False).path
+            opened[name] = exporter.open(path, trace(net, x[:2], None, exporter.twin, exporter.finalizes))
+        figures = []
+        for batch in (1, 16):
+            times = relative_times({name: partial(run, [x[:batch]]) for name, run in opened.items()}, rounds)
+            figures += [f"{1 / times[name]:.2f}" for name in names]
+        yield [kind, *figures]
+
+
+TABLES = {
+    "speed": ("int8 in onnxruntime", speed),
+    "few_bits": ("Weights of few bits in onnxruntime, 4 x 2048 x 2048, times faster than fp32", few_bits),
+    "runtimes": ("8 bits in each runtime, MLP 4 x 1024, times faster than its fp32", runtimes),
+}
+
+
 def main() -> None:
     """Reads the command line and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["sizes", "speed"], default=["sizes", "speed"])
+    parser.add_argument("--only", nargs="+", choices=["sizes", *TABLES], default=["sizes", *TABLES])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="speed of the first model only, for CI")
+    parser.add_argument("--quick", action="store_true", help="the first row of each table of times only, for CI")
     options = parser.parse_args()
     for logger in ("pquant_lightning", "root"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    print(f"{machine()}, onnxruntime {onnxruntime.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         if "sizes" in options.only:
             print_table("Bytes / float32 parameters (largest error)", sizes(Path(folder)))
-        if "speed" in options.only:
-            print_table("int8 in onnxruntime", speed(Path(folder), options.rounds, options.quick))
+        for name in (name for name in TABLES if name in options.only):
+            title, rows = TABLES[name]
+            print_table(title, rows(Path(folder), options.rounds, options.quick))
 
 
 if __name__ == "__main__":
