@@ -181,7 +181,7 @@ def test_a_stack_of_methods_with_their_own_options(dense: Path, capsys: Any) -> 
     ]
     main(["compress", *MODEL, "--ckpt_path", str(dense), *stacks[0]])
     layers = compressed_layers(load_compressed(MLP, "compressed.safetensors"))
-    assert {layers[name].spec["rank"] for name in ("fc1", "fc2", "head")} == {4}
+    assert {layers[name].spec["rank"] for name in ("fc1", "fc2")} == {4}
     assert {layers[name].spec["bits"] for name in ("fc2.first", "fc2.second")} == {4}
 
 
@@ -193,7 +193,7 @@ def test_the_errors_of_a_plan_that_is_applied_are_those_against_the_given_weight
     found = as_json(capsys, "compress", *given, "--plan", "plan.json")["report"]
     weights = torch.load(dense)["state_dict"]
     small = load_compressed(MLP, "compressed.safetensors")
-    assert [layer["name"] for layer in found["layers"]] == ["fc1", "fc2", "head"]
+    assert [layer["name"] for layer in found["layers"]] == ["fc1", "fc2"]
     for layer in found["layers"]:
         weight, module = weights[f"{layer['name']}.weight"].double(), small.get_submodule(layer["name"])
         product = module.second.weight.detach().double() @ module.first.weight.detach().double()
