@@ -129,7 +129,7 @@ def fits_anywhere(codes: Tensor) -> bool:
 def _multiplied(codes: Tensor, form: OnnxForm) -> tuple[Tensor, Tensor | None]:
     """Codes `(out, ...)` as they are multiplied by unsigned bytes, and their zero point.
 
-    Unsigned ones never saturate, but take a quarter longer than signed ones on processors with and without VNNI.
+    Unsigned ones never saturate, but take a quarter longer than signed ones on a processor without VNNI.
     """
     if form.target == "vnni" or fits_anywhere(codes.flatten(1)):
         return codes, None
