@@ -6,7 +6,7 @@ One command runs all of them and prints the table (`tests/clients/conftest.py`):
     OMP_NUM_THREADS=1 pytest -n 0 -m clients tests/clients
 
 A package that is not installed is skipped; torch_geometric comes with the extra `test`, so the ordinary suite
-runs it.
+runs it. timm and lightly need torchvision; built for the installed torch, or torchmetrics cannot be imported.
 """
 
 from collections.abc import Callable, Sequence
