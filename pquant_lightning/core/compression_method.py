@@ -380,15 +380,21 @@ class MethodFamily(CompressionMethod):
 class LayerMethod(CompressionMethod):
     """A method that changes one layer at a time: give `plan_layer` and `fill`.
 
-    The projections of attention are layers like any other. A `plan` that looks at the model before it calls this one
-    looks at, and hands on, `split_view(model, context.kept)`.
+    The projections of attention and the products of recurrent layers are layers like any other. A `plan` that looks at
+    the model before it calls this one looks at, and hands on, `self.opened(model, context)`.
     """
+
+    opens_recurrent: ClassVar[bool] = True  # recurrent layers are taken apart to change their products
 
     protects_output: ClassVar[bool] = False  # without `include` the layers that give the output are left alone
 
     def plan_layer(self, name: str, layer: nn.Module, context: CompressionContext) -> dict[str, Any] | Skip | LayerPlan:
         """Decides one ordinary layer: the new layer's spec (or a LayerPlan with scratch), or why it is left alone."""
         raise NotImplementedError(f"{type(self).__name__}.plan_layer")
+
+    def opened(self, model: nn.Module, context: CompressionContext) -> nn.Module:
+        """The model with its fused layers as the parts that this method may change; it shares all memory."""
+        return split_view(model, context.kept, recurrent=self.opens_recurrent)
 
     def prepared(self, model: nn.Module, context: CompressionContext) -> CompressionContext:
         """The context with what `plan_layer` and `candidates` find out about the whole model, once, in its notes."""
@@ -402,7 +408,7 @@ class LayerMethod(CompressionMethod):
 
     def offers(self, model: nn.Module, context: CompressionContext) -> dict[str, list[Candidate]]:
         """What a budget may choose from for each layer that the method can change, by layer name."""
-        view = split_view(model, context.kept)
+        view = self.opened(model, context)
         context = self.prepared(view, context)
         owners, found = _weight_owners(view), {}
         protected = self._protected(view, owners, context)
@@ -431,7 +437,7 @@ class LayerMethod(CompressionMethod):
             )
         layers: list[LayerPlan] = []
         skipped: list[Skip] = []
-        view = split_view(model, context.kept)
+        view = self.opened(model, context)
         owners = _weight_owners(view)
         protected = self._protected(view, owners, context)
         targets = list(self._targets(view, skipped, context.kept))
@@ -523,7 +529,8 @@ class LayerMethod(CompressionMethod):
                 skipped.append(Skip(name, f"already compressed ({module.described()})"))
             elif type(module) in FUSED:
                 closed.append(name)
-                skipped.append(Skip(name, chosen(name) or why_whole(model, name, kept) or ""))
+                whole = why_whole(model, name, kept) or "this method leaves recurrent layers whole"
+                skipped.append(Skip(name, chosen(name) or whole))
             elif as_torch(module) is None:
                 if isinstance(module, torch.jit.ScriptModule):
                     closed.append(name)

@@ -13,7 +13,7 @@ from pquant_lightning.core.moments import InputMoments, MomentSource, has_moment
 from pquant_lightning.core.options import check_count
 from pquant_lightning.core.plan import CompressionPlan, LayerPlan
 from pquant_lightning.core.reduction import on_all
-from pquant_lightning.core.splitting import split_as_planned, split_view
+from pquant_lightning.core.splitting import split_as_planned
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class DataAwareMethod(LayerMethod):
             samples = context.notes["samples"] = self._usable(model, context.samples)
             if samples is not None:
                 # one process plans; all of them measure again when the plan is applied
-                view = split_view(model, context.kept)
+                view = self.opened(model, context)
                 context.notes["source"] = self._source(view, samples.on_one_process())
         return context
 

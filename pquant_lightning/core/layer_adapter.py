@@ -43,8 +43,14 @@ _CONSTANT = ("output_padding", "transposed")  # of a convolution, whatever its a
 # what a model's own code may read of an ordinary layer or norm, beside its tensors
 ATTRIBUTES = tuple(dict.fromkeys([*_CONSTANT, *(n for names in (*SUPPORTED.values(), *NORMS.values()) for n in names)]))
 _ATTENTION = ("embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first")
-# layers that hold several weights in one; methods see their parts (`core/attention.py`)
-FUSED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: _ATTENTION}
+RECURRENT = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
+# layers that hold several weights; methods see their parts (`core/attention.py`, `core/recurrent.py`)
+FUSED: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MultiheadAttention: _ATTENTION,
+    nn.LSTM: RECURRENT,
+    nn.GRU: RECURRENT,
+    nn.RNN: (*RECURRENT, "nonlinearity"),
+}
 _BY_NAME = {cls.__name__: cls for cls in (*SUPPORTED, *NORMS, *FUSED)}
 _ADAPTERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
 
@@ -193,6 +199,8 @@ def layer_spec(layer: nn.Module) -> dict[str, Any]:
         own = {name: getattr(layer, name) for name in _ATTENTION}
         biases = {"bias": layer.in_proj_bias is not None, "add_bias_kv": layer.bias_k is not None}
         return {"type": type(layer).__name__, **own, **biases}
+    if isinstance(layer, nn.RNNBase):
+        return {"type": type(layer).__name__, **{name: getattr(layer, name) for name in FUSED[type(layer)]}}
     info = layer_info(layer)
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in info.config.items()}
     return {"type": info.type, **config}
@@ -202,6 +210,8 @@ def build_layer(spec: dict[str, Any], **overrides: Any) -> nn.Module:
     """Makes the layer that `layer_spec` described, with some arguments changed; weights are torch's initial ones."""
     config = {**spec, **overrides}
     layer_type = _BY_NAME[config.pop("type")]
+    if layer_type in (nn.GRU, nn.RNN):  # they have the attribute, and do not take the argument
+        config.pop("proj_size", None)
     return layer_type(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})
 
 
@@ -283,10 +293,16 @@ class LayerAdapter:
         return known or _look_alike(layer) is not None
 
     def get_layer_info(self, layer: nn.Module) -> dict[str, Any] | None:
-        """Type (lower case), constructor arguments and weight shape (of attention: of the output); None for others."""
+        """Type (lower case), constructor arguments and weight shape; None for others.
+
+        The shape is that of attention's output projection, and of a recurrent layer's first input product.
+        """
         if isinstance(layer, nn.MultiheadAttention) and type(layer) in FUSED:
             spec = layer_spec(layer)
             return {**spec, "type": spec["type"].lower(), "shape": tuple(layer.out_proj.weight.shape)}
+        if isinstance(layer, nn.RNNBase) and type(layer) in FUSED:
+            spec = layer_spec(layer)
+            return {**spec, "type": spec["type"].lower(), "shape": tuple(layer.get_parameter("weight_ih_l0").shape)}
         ordinary = as_torch(layer)
         if ordinary is None:
             return None

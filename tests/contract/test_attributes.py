@@ -80,10 +80,10 @@ def test_every_kind_answers_every_attribute(name: str) -> None:
 
 
 def test_no_kind_is_left_out() -> None:
-    """Attention and a folded norm stand for no such layer, and have tests of their own."""
+    """Attention, recurrent layers and a folded norm stand for no such layer, and have tests of their own."""
     ours = {name: kind for name, kind in CompressedLayer.kinds.items() if kind.__module__.startswith("pquant_light")}
     seen = {layer.kind for ordinary in LAYERS.values() for place, layer in made_of(ordinary) if place == "0"}
-    assert set(ours) - seen == {"unfused_attention", "folded_norm"}
+    assert set(ours) - seen == {"unfused_attention", "unfused_recurrent", "folded_norm"}
 
 
 class Reading(nn.Module):

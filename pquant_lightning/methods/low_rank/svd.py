@@ -16,7 +16,6 @@ from pquant_lightning.core.layer_adapter import as_torch
 from pquant_lightning.core.options import check_count, check_share, one_of
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
 from pquant_lightning.core.registry import CompressionMethodRegistry
-from pquant_lightning.core.splitting import split_view
 from pquant_lightning.methods.low_rank._choices import Choice, choose, offers, why_slower
 from pquant_lightning.methods.low_rank._fitting import fit_layer
 from pquant_lightning.methods.low_rank._layers import (
@@ -158,7 +157,7 @@ class LowRankCompression(DataAwareMethod, TyingMethod):
 
     def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
         context = self.with_source(model, context)
-        model = split_view(model, context.kept)
+        model = self.opened(model, context)
         if self.budget is not None and context.choices is None:
             chosen = self._share_budget(self.budget, model, context)
             context = replace(context, notes={**context.notes, "chosen": chosen})

@@ -203,7 +203,7 @@ class StructuredPruning(CompressionMethod):
             if (ordinary := as_torch(module)) is not None:
                 check_weight(name, ordinary)
         few = samples.few()
-        model = split_view(model, context.kept)
+        model = split_view(model, context.kept, recurrent=False)
         sizes = replace(few, batches=(*few.batches, *other_sizes(model, few).batches))
         trial = Trial(model, sizes)
         groups, skipped = self._tried(model, sizes, trial, context)

@@ -25,7 +25,6 @@ from pquant_lightning.core.graph import outer_layers, trace
 from pquant_lightning.core.layer_adapter import as_torch, layer_spec
 from pquant_lightning.core.options import check_count
 from pquant_lightning.core.plan import Candidate, CompressionPlan, LayerPlan, Skip
-from pquant_lightning.core.splitting import split_view
 from pquant_lightning.core.structure import absolute_path, relative_path
 from pquant_lightning.core.surgery import get_layer
 from pquant_lightning.methods.quantization._folding import fold_norms
@@ -143,7 +142,7 @@ class QuantizationMethod(LayerMethod):
 
     def plan(self, model: nn.Module, context: CompressionContext | None = None) -> CompressionPlan:
         context = context or CompressionContext(by=self.name)
-        model = split_view(model, context.kept)
+        model = self.opened(model, context)
         check_patterns(model, "overrides", self.overrides or {})
         context = self.prepared(model, context)
         plan = super().plan(model, context)

@@ -24,6 +24,7 @@ class TensorNetworkMethod(DataAwareMethod):
 
     stage = Stage.FACTORIZE
     protects_output = True
+    opens_recurrent = False  # cores would be multiplied one after the other at every step: slower than one matrix
 
     def target(self) -> tuple[str, Any]:
         """The option that gives the ranks, and its value."""
