@@ -101,25 +101,26 @@ class Samples:
     def fitted_to(self, model: nn.Module) -> Self:
         """The same samples, run as a LightningModule takes them: by `predict_step`, `forward` or `training_step`.
 
-        The first that runs on two samples, in all processes; which it is stands in the log where it is not the first
-        there is. Where none does, running them raises a CalibrationError that says why. Samples that are run in a way
-        of their own, or on another module, stay as they are.
+        The first that runs on two samples and on three, in all processes: a tensor of two samples unpacks like a pair.
+        Which it is stands in the log where it is not the first there is. Where none does, running them raises a
+        CalibrationError that says why. Samples that are run in a way of their own, or on another module, stay as they
+        are.
         """
         steps = steps_of(model)
         if self.run is not run_forward or not steps:
             return self
         failures: list[str] = []
+        tried = replace(self.few(), batches=tuple(first_samples(self.batches[0], count) for count in (2, 3)))
         for step in steps:
             failure = ""
             try:
-                deque(run_samples(model, replace(self.few(), run=step)), maxlen=0)
+                deque(run_samples(model, replace(tried, run=step)), maxlen=0)
             except CalibrationError as error:
                 cause = error.__cause__
                 failure = str(error) if cause is None else f"{type(cause).__name__}{_where(model, cause)}: {cause}"
             if on_all(not failure, self):
                 if failures:
-                    tried = "; ".join(failures)
-                    log.info("Calibration runs %s.%s (%s).", type(model).__name__, step.described, tried)
+                    log.info("Calibration runs %s.%s (%s).", type(model).__name__, step.described, "; ".join(failures))
                 return replace(self, run=step)
             failures.append(f"{step.described}: {failure or 'fails in another process'}")
         return replace(self, run=_Refusal(self._refused(model, failures)))

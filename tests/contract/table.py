@@ -74,15 +74,15 @@ TABLE: dict[str, MethodRows] = {
         ),
         lossless={"rank": 10_000, "min_saving": 0.0},
         tolerance=1e-5,
-        ladder=tuple({"rank": rank, "min_saving": 0.0} for rank in (1, 4, 8)),
+        ladder=tuple({"rank": rank, "min_saving": 0.0, "include": ["*"]} for rank in (1, 4, 8)),
     ),
     "factorization": MethodRows(
         FactorizationCallback,
         rows=(
             {"kind": "sparse_low_rank", "param_ratio": 0.6},
             {"kind": "nmf", "rank": 2},
-            {"kind": "kronecker", "rank": 2},
-            {"kind": "monarch", "rank": 1, "blocks": 2},
+            {"kind": "kronecker", "rank": 2, "include": ["*"]},
+            {"kind": "monarch", "rank": 1, "blocks": 2, "include": ["*"]},
             {"kind": "cur", "param_ratio": 0.5},
         ),
         lossless={"kind": "nmf", "rank": 10_000, "min_saving": 0.0},

@@ -220,7 +220,7 @@ def test_in_a_trainer_the_artefact_is_equalized_and_an_earlier_checkpoint_is_not
 
 
 def test_samples_are_asked_for() -> None:
-    with pytest.raises(OptionError, match="equalize and smooth need samples"):
+    with pytest.raises(OptionError, match="equalize, smooth and keep_if need samples"):
         PTQCompression(scheme="dynamic", num_samples=0, equalize=True)
     with pytest.raises(CalibrationError, match="equalize or smooth sees on samples"):
         compress_model(Separable(), "ptq", scheme="dynamic", equalize=True)

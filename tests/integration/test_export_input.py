@@ -210,7 +210,7 @@ def test_unknown_backends_layers_and_weights() -> None:
     backend = get_backend("pytorch")
     with pytest.raises(OptionError, match="no layer type 'linaer'. Did you mean 'linear'"):
         backend.create_layer("linaer", {})
-    with pytest.raises(OptionError, match="A low_rank_linear cannot be made from.*it has no 'layer'"):
+    with pytest.raises(OptionError, match="A layer 'low_rank_linear' cannot be made from.*it has no 'layer'"):
         get_backend("pytorch").create_layer("low_rank_linear", {"rank": 3})
-    with pytest.raises(OptionError, match="A linear cannot be made from"):
+    with pytest.raises(OptionError, match="A layer 'linear' cannot be made from"):
         backend.create_layer("linear", {"in_features": 3})

@@ -99,7 +99,7 @@ def test_layers_without_weights_are_left_alone_with_the_reason(name: str) -> Non
     for method, options in METHODS + OTHERS:
         options = {**options, "min_saving": 0.0}
         plan = CompressionMethodRegistry.get(method, options).plan(model)
-        assert "holds no values" in {skip.name: skip.reason for skip in plan.skipped}[empty], method
+        assert "holds no" in {skip.name: skip.reason for skip in plan.skipped}[empty], method
         small = compress_model(model, method, train_loader=[x], **options)
         assert small(x).shape == finalize(small)(x).shape == model(x).shape
 

@@ -124,7 +124,7 @@ class TestSaveAndLoad:
         small = compress_model(model, "low_rank", rank=4, exclude=["head"])
         path = save_compressed(small, tmp_path / "model.safetensors")
         assert load_compressed(Net, path, width=48, out=16)(inputs).shape == (5, 16)
-        with pytest.raises(CheckpointError, match="does not fit Net"):
+        with pytest.raises(CheckpointError, match="'body.0' has out_features=48 in the checkpoint and out_features=64"):
             load_compressed(Net, path)
         with pytest.raises(OptionError, match=r"Arguments \(width\) go with a class"):
             load_compressed(Net(48, 16), path, width=48)

@@ -322,7 +322,7 @@ class TestKeeping:
         assert len(rows) == 16
         row = rows["encoder.layers.0.self_attn.k_proj"]
         assert row.params == (E * E + E, 2 * 3 * E + E)
-        assert row.macs == (N * S * E * E, N * S * 2 * 3 * E)
+        assert row.macs == (S * E * E, S * 2 * 3 * E)  # per sample
         assert 0.3 < row.error < 1
         saved = sum(before - after for before, after in (row.params for row in report.layers))
         assert report.params[0] == sum(p.numel() for p in model.parameters())

@@ -326,7 +326,7 @@ def test_the_report_counts_the_products_of_adapters_that_stay() -> None:
         ({"r": 0}, "r is a count, at least 1, got 0"),
         ({"r": None}, "takes int for r, got None"),
         ({"alpha": 0}, "alpha is a positive number, got 0"),
-        ({"alpha": float("nan")}, "alpha is a positive number"),
+        ({"alpha": float("nan")}, "finite number for alpha, got nan"),
         ({"dropout": 1.0}, r"dropout is a probability in \[0, 1\), got 1.0"),
         ({"init": "eva"}, "no init 'eva'"),
         ({"bias": "some"}, "no bias 'some'"),

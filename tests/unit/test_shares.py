@@ -48,7 +48,8 @@ def one_step_more(spec: dict[str, Any], layer: nn.Module) -> list[CompressedLaye
     for place in range(len(spec.get("ranks", ()))):
         ranks = list(spec["ranks"])
         ranks[place] += 1
-        if spec["kind"].startswith("tucker") or 0 < place < len(ranks) - 1:
+        tucker = spec["kind"].startswith("tucker")  # ranks of inputs and outputs, at most as many as there are
+        if (ranks[place] <= layer.weight.shape[1 - place]) if tucker else (0 < place < len(ranks) - 1):
             raised.append({**spec, "ranks": ranks})
     return [CompressedLayer.build(changed, layer) for changed in raised]
 

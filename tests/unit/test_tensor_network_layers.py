@@ -172,11 +172,11 @@ def test_an_index_out_of_range_is_an_error_as_in_the_table_itself(token):
     ("layer", "reason"),
     [
         (nn.Embedding(40, 8, max_norm=1.0), "max_norm"),
-        (nn.Embedding(40, 8, sparse=True), "per row"),
+        (nn.Embedding(40, 8, sparse=True), "its gradients are sparse"),
         (nn.Embedding(40, 8, scale_grad_by_freq=True), "per row"),
         (nn.Embedding.from_pretrained(torch.ones(40, 8), padding_idx=3), "not zero"),
         (nn.Conv2d(8, 8, 1), "single point"),
-        (nn.Conv2d(8, 8, 3, groups=8), "groups has a single channel"),
+        (nn.Conv2d(8, 8, 3, groups=8), "each group of its channels has a single"),
     ],
 )
 def test_what_a_train_cannot_hold_is_left_alone_with_the_reason(layer, reason):

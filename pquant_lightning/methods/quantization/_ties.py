@@ -21,7 +21,8 @@ def shared_weights(modules: Mapping[str, nn.Module]) -> Ties:
     """The weights that are the `weight` of several modules."""
     users: dict[int, list[str]] = {}
     for name, module in modules.items():
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+        weight = dict(module.named_parameters(recurse=False)).get("weight")  # its own, not that of a layer inside
+        if weight is not None:
             users.setdefault(id(weight), []).append(name)
     return {key: tuple(names) for key, names in users.items() if len(names) > 1}
 

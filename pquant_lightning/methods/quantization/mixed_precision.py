@@ -74,6 +74,7 @@ class MixedPrecisionCompression(PTQCompression):
         smooth: see `PTQCompression`.
         fold_norms: see `PTQCompression`.
         correct_bias: see `PTQCompression`.
+        keep_if: see `PTQCompression`.
         overrides: see `PTQCompression`.
         observer: see `PTQCompression`.
         num_samples: see `PTQCompression`.
