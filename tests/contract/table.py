@@ -197,7 +197,7 @@ def _rows(model: str, first_only: bool = False) -> list[Case]:
     return cases
 
 
-LOW_RANK_THEN_QAT = (partial(LowRankCallback, rank=2), partial(QATCallback, bits=8))
+LOW_RANK_THEN_QAT = (partial(LowRankCallback, rank=2, include=["*"]), partial(QATCallback, bits=8))
 TENSOR_TRAIN_THEN_QAT = (partial(TensorTrainCallback, rank=2), partial(QATCallback, bits=8))
 _NAMED = (
     partial(LowRankCallback, rank=2, include=["fc1"], name="first"),
