@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 def run(script: str, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"tests.distributed.{script}", str(root), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("PL_GLOBAL_SEED", None)  # of a test that ran before in this process: samplers are seeded with it
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
