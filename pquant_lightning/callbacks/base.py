@@ -26,7 +26,7 @@ from pquant_lightning.callbacks._gradients import observe_step
 from pquant_lightning.callbacks._lightning import is_a
 from pquant_lightning.callbacks._monitors import reset_monitors, reset_would_matter
 from pquant_lightning.callbacks._optimizers import follow_resized, repair_optimizers
-from pquant_lightning.callbacks._second_fit import made_with, note_options, options_of, warn_of_other_options
+from pquant_lightning.callbacks._second_fit import made_with, note_options, warn_of_other_options
 from pquant_lightning.core._private import averaged_models, launches_copies, resume_path, resume_switch
 from pquant_lightning.core.calibration import Samples, bind_batch, first_samples, run_samples
 from pquant_lightning.core.compiled import rename_to_plain, renamed_as_saved, unwrap
@@ -103,7 +103,7 @@ class _MethodCallback(Callback):
         self.artifact: Path | None = None
         self._state: dict[str, Any] = {}
         self._complete = False
-        self._made_with: dict[str, str] | None = None  # options of the fit that made the layers
+        self._made_with: dict[str, str] | None = None  # options of the fit that made the layers, where known
         self._scratch = _Run()
 
     @property
@@ -113,13 +113,12 @@ class _MethodCallback(Callback):
         return f"{type(self).__name__}({self.method.name}{named})"
 
     def state_dict(self) -> dict[str, Any]:
-        options = options_of(self.method)
         return {
             "version": 1,
             "method": self.method.name,
             "complete": self._complete,
             "state": self._state,
-            "options": self._made_with or options,
+            "options": self._made_with,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from pquant_lightning import (
     PTQCallback,
     QATCallback,
     StructuredPruningCallback,
+    load_compressed,
 )
 from tests.models import MLP, built, fit, quiet_trainer
 
@@ -90,3 +91,15 @@ def test_options_are_plain_text_in_a_checkpoint(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     stored = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["QATCallback(qat)"]["options"]
     assert stored["overrides"] == "{'fc1': {'bits': 4}}"
+
+
+def test_options_that_are_not_known_are_not_recorded(tmp_path: Path) -> None:
+    """Of a checkpoint that was loaded, not resumed, nobody knows the options: those of now would be a wrong record."""
+    trainer = quiet_trainer(tmp_path, [LowRankCallback(rank=4)])
+    fit(trainer, built(MLP))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = LowRankCallback(rank=2)
+    model: Any = load_compressed(MLP, tmp_path / "last.ckpt")
+    once(tmp_path, model, again)
+    assert model.fc1.spec["rank"] == 4
+    assert again.state_dict()["options"] is None
